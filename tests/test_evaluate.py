@@ -51,7 +51,8 @@ def test_golden(n):
     s = scores_of(matrix, [f"c{i}" for i in range(1, n)])
     iou = np.array([np.nan if v is None else v for v in s.iou.values()])
     np.testing.assert_allclose(iou, g[f"{n}/iou"], rtol=1e-12)
-    for ours, theirs in [("miou", "mean_iou"), ("pixel_accuracy", "pixel_acc"), ("mean_accuracy", "mean_acc"), ("frequency_weighted_iou", "freqw_acc")]:
+    names = dict(miou="mean_iou", pixel_accuracy="pixel_acc", mean_accuracy="mean_acc", frequency_weighted_iou="freqw_acc")
+    for ours, theirs in names.items():
         np.testing.assert_allclose(getattr(s, ours), g[f"{n}/{theirs}"], rtol=1e-12)
 
 
@@ -127,7 +128,8 @@ def test_mode_is_kept_even_when_it_fails(bench, tmp_path):
     evaluate(model, bench, progress=None)
     assert model.training
     (tmp_path / "broken.png").write_bytes(b"x")
-    with pytest.raises(BadPhoto): evaluate(model, replace(bench, pairs=[*bench.pairs, (tmp_path / "broken.png", bench.pairs[0][1])]), progress=None)
+    broken = replace(bench, pairs=[*bench.pairs, (tmp_path / "broken.png", bench.pairs[0][1])])
+    with pytest.raises(BadPhoto): evaluate(model, broken, progress=None)
     assert model.training
 
 

@@ -1,5 +1,5 @@
 """Prediction: any size at bounded memory, tiles without seams, formats, folders, broken files."""
-import contextlib, io, os, resource, stat, subprocess, sys
+import contextlib, io, os, stat, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,8 @@ GOOD = {"cat.jpg", "cat.png", "sub/cat.jpg", "sub/é è/日本.webp", "odd name 
 def test_folder_formats(model, folder, tmp_path, format, ending):
     out = tmp_path / "new" / "out"
     r = predict_many(model, folder, out, format, progress=None)
-    assert set(r.done) == GOOD and {s["photo"] for s in r.skipped} == {"empty.jpg", "half.jpg", "text.jpg"} and all(s["reason"] for s in r.skipped)
+    assert set(r.done) == GOOD and all(s["reason"] for s in r.skipped)
+    assert {s["photo"] for s in r.skipped} == {"empty.jpg", "half.jpg", "text.jpg"}
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {g + ending for g in GOOD} | ({"names.json"} if format == "png" else set())
     for g in GOOD:
@@ -193,9 +194,10 @@ def test_out_inside_in_is_no_input(model, folder):
 def test_errors(model, folder, tmp_path):
     (tmp_path / "void").mkdir()
     (tmp_path / "file").write_text("x")
-    for photos, out, format, says in [(tmp_path / "no.jpg", tmp_path / "o", "png", "There is no"), (tmp_path / "void", tmp_path / "o", "png", "No photographs"),
-                                      (folder, tmp_path / "o", "gif", "There are: png"), (folder, tmp_path / "file", "png", "is a file"),
-                                      (folder, tmp_path / "file/below", "png", "Cannot write"), ([], tmp_path / "o", "png", "No photographs")]:
+    o = tmp_path / "o"
+    for photos, out, format, says in [(tmp_path / "no.jpg", o, "png", "There is no"), (tmp_path / "void", o, "png", "No photographs"),
+                                      (folder, o, "gif", "There are: png"), (folder, tmp_path / "file", "png", "is a file"),
+                                      (folder, tmp_path / "file/below", "png", "Cannot write"), ([], o, "png", "No photographs")]:
         with pytest.raises(UserError, match=says): predict_many(model, photos, out, format, progress=None)
 
 
@@ -257,13 +259,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def test_memory_is_bounded():
     "16 megapixels with 21 classes: undivided logits would need 1.3 GB; the growth over one megapixel is photo and label map."
-    peak = {side: int(subprocess.run([sys.executable, "-c", LARGE, str(side)], capture_output=True, text=True, check=True).stdout) for side in (1000, 4000)}
+    run = lambda side: subprocess.run([sys.executable, "-c", LARGE, str(side)], capture_output=True, text=True, check=True).stdout
+    peak = {side: int(run(side)) for side in (1000, 4000)}
     assert peak[4000] - peak[1000] < 16 * 3 + 16 * 1 + 64, peak
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_is_near(model):
     photo = scene(500, 400)
-    assert (predict(model, photo) == predict(Net().cuda().eval(), photo, "cuda")).shape == (400, 500)
     same = predict(model.cuda(), photo, "cuda")
     assert (predict(model.cpu(), photo) == same).mean() > 0.99
