@@ -6,7 +6,7 @@
 __all__ = ['benchmarks', 'Benchmark', 'demo_benchmark', 'draw_object', 'coco_labels', 'missing', 'coco2017', 'folder_benchmark',
            'match_names', 'restrict', 'load_benchmark']
 
-# %% ../nbs/12_benchmarks.ipynb #adb81bed
+# %% ../nbs/12_benchmarks.ipynb #f1c307e7
 import json, warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from .core import UserError, list_photos
 from .demo import load_world
 
-# %% ../nbs/12_benchmarks.ipynb #793283eb
+# %% ../nbs/12_benchmarks.ipynb #62d88a34
 @dataclass(frozen=True)
 class Benchmark:
     "Photographs with label maps. Iterating gives `(photo, labels)`: a `Path`, and a function that returns the (H, W) label map."
@@ -32,7 +32,7 @@ class Benchmark:
     def __len__(self): return len(self.pairs)
     def __iter__(self)->Iterator: return iter(self.pairs)
 
-# %% ../nbs/12_benchmarks.ipynb #4ca5be23
+# %% ../nbs/12_benchmarks.ipynb #514d9be0
 def _demo_labels(path, n_names):
     labels = np.array(Image.open(path))
     return np.where(labels > n_names, 0, labels).astype(np.uint8)
@@ -46,7 +46,7 @@ def demo_benchmark(
     n = len(world.names)
     return Benchmark('demo', list(world.names), [(Path(p), partial(_demo_labels, l, n)) for p, l in world.test])
 
-# %% ../nbs/12_benchmarks.ipynb #eab4c141
+# %% ../nbs/12_benchmarks.ipynb #06de3528
 def draw_object(
     segmentation:list|dict, # COCO's polygons `[[x0, y0, x1, y1, ...], ...]`, or a run-length code with `counts` as a list or a string
     height:int, width:int,  # of the photograph
@@ -57,7 +57,7 @@ def draw_object(
     if isinstance(rle, list): rle = coco_mask.merge(rle)
     return coco_mask.decode(rle).astype(bool)
 
-# %% ../nbs/12_benchmarks.ipynb #707f3c93
+# %% ../nbs/12_benchmarks.ipynb #4a58162a
 def coco_labels(
     annotations:list[dict], # of one photograph, in COCO's format
     height:int, width:int,
@@ -68,7 +68,7 @@ def coco_labels(
     for a in sorted(annotations, key=lambda a: -a['area']): labels[draw_object(a['segmentation'], height, width)] = ids[a['category_id']]
     return labels
 
-# %% ../nbs/12_benchmarks.ipynb #551cbf04
+# %% ../nbs/12_benchmarks.ipynb #15c8b024
 def _found(folder):
     "A short account of what is in `folder`."
     if not folder.exists(): return f'{folder} does not exist'
@@ -85,7 +85,7 @@ def missing(
     "The one error for a dataset that is absent or half unpacked."
     return UserError(f'{name} is not complete under {root}.\nLooked for: {looked_for}\nFound: {_found(Path(root))}\n{advice}')
 
-# %% ../nbs/12_benchmarks.ipynb #d130f0b3
+# %% ../nbs/12_benchmarks.ipynb #2ad20bd3
 _coco_advice = ('Get 2017 val images and 2017 train/val annotations from https://cocodataset.org/#download and unpack both '
                 'into one folder, so that it holds annotations/instances_val2017.json and val2017/*.jpg.')
 
@@ -94,7 +94,7 @@ def _own_folder(root, name, marker):
     root = Path(root).expanduser()
     return root/name if (root/name).is_dir() and not (root/marker).exists() else root
 
-# %% ../nbs/12_benchmarks.ipynb #f8c568b3
+# %% ../nbs/12_benchmarks.ipynb #caf605cc
 def _read_instances(path, root):
     "The annotation file as a dict; one clear error where it is absent or broken."
     if not path.is_file(): raise missing('coco2017', root, path, _coco_advice)
@@ -105,7 +105,7 @@ def _read_instances(path, root):
         raise missing('coco2017', root, f'{path} with images, annotations and categories in it', _coco_advice)
     return found
 
-# %% ../nbs/12_benchmarks.ipynb #4bb25305
+# %% ../nbs/12_benchmarks.ipynb #828bf6ee
 def coco2017(
     root:str|Path, # the data root with `coco2017/` inside, or COCO's own folder
     split:str='val', # 'val' or 'train'
@@ -126,7 +126,7 @@ def coco2017(
     pairs = [(photos/im['file_name'], partial(coco_labels, objects[im['id']], im['height'], im['width'], ids)) for im in data['images']]
     return Benchmark('coco2017', [c['name'] for c in categories], pairs)
 
-# %% ../nbs/12_benchmarks.ipynb #992d52fc
+# %% ../nbs/12_benchmarks.ipynb #5ff6bb83
 def _png_labels(path): return np.array(Image.open(path)).astype(np.uint8)
 
 def folder_benchmark(
@@ -143,7 +143,7 @@ def folder_benchmark(
     if absent or not pairs: raise missing('folder', root, absent[0] if absent else 'photographs in images/', advice)
     return Benchmark('folder', names, [(p, partial(_png_labels, l)) for p, l in pairs])
 
-# %% ../nbs/12_benchmarks.ipynb #bdf494b4
+# %% ../nbs/12_benchmarks.ipynb #a0b8eed5
 _synonyms = [('aeroplane', 'airplane'), ('motorbike', 'motorcycle'), ('sofa', 'couch'), ('tv/monitor', 'tvmonitor', 'tv', 'monitor'),
              ('dining table', 'diningtable'), ('potted plant', 'pottedplant')]
 _same = {word: words[0] for words in _synonyms for word in words}
@@ -159,7 +159,7 @@ def match_names(
     alike = {_same.get(p, p): i for p, i in exact.items()}
     return [exact.get(p := _plain(n)) or alike.get(_same.get(p, p), 0) for n in wanted]
 
-# %% ../nbs/12_benchmarks.ipynb #26c53ab9
+# %% ../nbs/12_benchmarks.ipynb #17f859e2
 def _renumber(labels, table): return table[labels()]
 
 def restrict(
@@ -179,7 +179,7 @@ def restrict(
     table[order], table[benchmark.ignore] = range(1, len(order)+1), benchmark.ignore
     return replace(benchmark, names=[kept[i] for i in order], pairs=[(p, partial(_renumber, l, table)) for p, l in benchmark.pairs])
 
-# %% ../nbs/12_benchmarks.ipynb #193f4e73
+# %% ../nbs/12_benchmarks.ipynb #81875b66
 benchmarks = dict(demo=demo_benchmark, coco2017=coco2017, folder=folder_benchmark)
 
 def load_benchmark(

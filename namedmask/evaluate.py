@@ -6,7 +6,7 @@
 __all__ = ['MIN_SIDE', 'confusion', 'Scores', 'scores_of', 'to_input', 'whole_logits', 'ahead', 'evaluate', 'score_table',
            'plot_confusion', 'plot_iou']
 
-# %% ../nbs/13_evaluate.ipynb #942a0125
+# %% ../nbs/13_evaluate.ipynb #2e738c58
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .benchmarks import Benchmark, match_names
 from .deeplab import normalise
 from .viz import palette
 
-# %% ../nbs/13_evaluate.ipynb #31ab104f
+# %% ../nbs/13_evaluate.ipynb #4cde54f6
 def confusion(
     labels:torch.Tensor,      # (H, W) truth, any integer dtype; what is not in 0..n_classes-1 does not count
     predictions:torch.Tensor, # (H, W) ids 0..n_classes-1, on the same device
@@ -37,7 +37,7 @@ def confusion(
     rows = torch.where((labels >= 0) & (labels < n), labels, n)
     return torch.bincount(rows*n + predictions, minlength=(n+1)*n)[:n*n].reshape(n, n)
 
-# %% ../nbs/13_evaluate.ipynb #04c67208
+# %% ../nbs/13_evaluate.ipynb #c068950d
 @dataclass(frozen=True)
 class Scores:
     "The scores of SPEC section 5 with the confusion matrix they were read off; undefined ones are None."
@@ -50,7 +50,7 @@ class Scores:
     confusion: np.ndarray              # (C, C) int64, rows truth, columns prediction, background first
     def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion'}
 
-# %% ../nbs/13_evaluate.ipynb #0cf4daaf
+# %% ../nbs/13_evaluate.ipynb #e565d991
 def scores_of(
     matrix:np.ndarray|torch.Tensor, # (C, C) confusion matrix, rows truth
     names:list[str], # of the C-1 classes after the background
@@ -67,7 +67,7 @@ def scores_of(
                   mean_accuracy=mean(accuracy), frequency_weighted_iou=mean(iou[occurs], weights),
                   iou={n: float(v) if s else None for n, v, s in zip(['background', *names], iou, scored)}, confusion=m)
 
-# %% ../nbs/13_evaluate.ipynb #7a0f6387
+# %% ../nbs/13_evaluate.ipynb #b9e0a554
 def to_input(
     photo:Image.Image, # RGB
     model:torch.nn.Module, # its `mean` and `std` are used
@@ -77,7 +77,7 @@ def to_input(
     pixels = torch.from_numpy(np.array(photo)).to(device).permute(2, 0, 1)[None]
     return normalise(pixels, model.mean, model.std)
 
-# %% ../nbs/13_evaluate.ipynb #34d34986
+# %% ../nbs/13_evaluate.ipynb #267cebb7
 MIN_SIDE = 64
 
 @torch.inference_mode()
@@ -91,7 +91,7 @@ def whole_logits(
     if min(h, w) < MIN_SIDE: x = F.pad(x, (0, max(MIN_SIDE-w, 0), 0, max(MIN_SIDE-h, 0)), mode='replicate')
     return model(x)[0, :, :h, :w].float()
 
-# %% ../nbs/13_evaluate.ipynb #54c6be98
+# %% ../nbs/13_evaluate.ipynb #bd90414d
 def ahead(
     f:Callable, items:Iterable, # `f(item)` is wanted for each item, in order
     workers:int=2, # threads; at most twice as many results wait
@@ -106,7 +106,7 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/13_evaluate.ipynb #05c0cc81
+# %% ../nbs/13_evaluate.ipynb #51d9c638
 def _photo_and_labels(pair):
     path, labels = pair
     photo, truth = read_photo(path), labels()
@@ -116,7 +116,7 @@ def _photo_and_labels(pair):
         raise UserError(f'{path} is {size} pixels, but its label map is {of_labels}. Get the benchmark afresh.')
     return photo, torch.from_numpy(truth.astype(np.int32) if truth.dtype == np.uint16 else truth)
 
-# %% ../nbs/13_evaluate.ipynb #aed2ac00
+# %% ../nbs/13_evaluate.ipynb #877036cf
 def evaluate(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark,   # restricted to the model's names, or whole
@@ -140,7 +140,7 @@ def evaluate(
     finally: model.train(was_training)
     return scores_of(matrix, benchmark.names)
 
-# %% ../nbs/13_evaluate.ipynb #f670b8d3
+# %% ../nbs/13_evaluate.ipynb #e4018ad2
 def score_table(
     scores:Scores,
     title:str='', # above the table
@@ -155,7 +155,7 @@ def score_table(
         if key != 'iou': table.add_row(key.replace('_', ' ').replace('miou', 'mean IoU'), '' if v is None else f'{100*v:.1f}', '')
     return table
 
-# %% ../nbs/13_evaluate.ipynb #232e1d78
+# %% ../nbs/13_evaluate.ipynb #5f4df986
 def plot_confusion(
     scores:Scores,
     most:int=24, # draw no more classes than this
@@ -176,7 +176,7 @@ def plot_confusion(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #404c48d4
+# %% ../nbs/13_evaluate.ipynb #1758d7c6
 def plot_iou(
     scores:Scores,
     most:int=40, # draw no more classes than this, the best

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'DEFAULTS', 'STAGES', 'Settings', 'resolve', 'write_config', 'read_config', 'differences', 'digest', 'State',
-           'Run', 'check_images', 'stage', 'run_retrieval', 'archive_of', 'run_saliency', 'make_detector', 'recipes',
-           'run_expert_stage', 'need', 'run_distill', 'run_report', 'run_all', 'run']
+           'Run', 'check_images', 'check_stack', 'stage', 'run_retrieval', 'archive_of', 'stamps', 'run_saliency',
+           'make_detector', 'recipes', 'run_expert_stage', 'need', 'run_distill', 'run_report', 'run_all', 'run']
 
-# %% ../nbs/19_pipeline.ipynb #eebc9ef4
+# %% ../nbs/19_pipeline.ipynb #97c331d5
 import hashlib, json, logging, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +22,7 @@ from .core import (RunFolder, UserError, list_photos, locked, mask_file, pick_de
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/19_pipeline.ipynb #a9d57abd
+# %% ../nbs/19_pipeline.ipynb #3175f541
 @dataclass
 class Settings:
     "What a run is asked to do. `None` means: what suits the device."
@@ -33,6 +33,8 @@ class Settings:
     experts: bool = True                 # refine the masks with category experts
     warm_steps: int | None = None        # steps of what all experts share
     expert_steps: int | None = None      # further steps of each expert
+    expert_backbone_lr: float | None = None
+    expert_scale: tuple[float, float] | None = None  # random scaling in their training
     steps: int | None = None             # steps of the distillation
     crop: int | None = None              # side of a training sample, in pixels
     bs: int | None = None                # samples a step
@@ -40,15 +42,18 @@ class Settings:
     backbone_lr: float | None = None
     scale: tuple[float, float] | None = None  # random scaling of photographs
     max_n_masks: int | None = None       # things in a training sample, at most
+    jitter: float | None = None          # strength of the colour jitter; 1 is the paper's
+    negatives: float | None = None       # part of the samples that are built on a photograph of none of the names; 0 in the paper
     eval_every: int | None = None        # steps between two marks on held-out pseudo-masks
     seed: int = 0
     version: str = __version__           # what wrote it
 
-# %% ../nbs/19_pipeline.ipynb #e3e76a22
+# %% ../nbs/19_pipeline.ipynb #7dee9b7a
 DEFAULTS = {
-    "cpu": dict(n_images=100, warm_steps=200, expert_steps=30, steps=700, crop=256, bs=8, lr=1e-3, backbone_lr=1e-4, scale=(0.2, 1.0), max_n_masks=2, eval_every=175),
-    "cuda": dict(n_images=500, warm_steps=2000, expert_steps=500, steps=20_000, crop=384, bs=16, lr=5e-4, backbone_lr=5e-5, scale=(0.1, 1.0), max_n_masks=2,
-                 eval_every=1000),
+    "cpu": dict(n_images=100, warm_steps=120, expert_steps=15, expert_backbone_lr=2e-4, expert_scale=(0.5, 2.0), steps=600, crop=256, bs=8, lr=2e-3, backbone_lr=0.0, scale=(0.2, 1.0), max_n_masks=2, jitter=0.5,
+                negatives=0.4, eval_every=150),
+    "cuda": dict(n_images=500, warm_steps=2000, expert_steps=500, expert_backbone_lr=5e-5, expert_scale=(0.5, 2.0), steps=20_000, crop=384, bs=16, lr=5e-4, backbone_lr=5e-5, scale=(0.1, 1.0), max_n_masks=2,
+                 jitter=1.0, negatives=0.4, eval_every=1000),
 }
 
 def resolve(settings: Settings, device: str # "cpu" or "cuda"
@@ -56,34 +61,34 @@ def resolve(settings: Settings, device: str # "cpu" or "cuda"
     "The settings with every `None` filled in for the kind of device."
     return replace(settings, **{k: v for k, v in DEFAULTS[device].items() if getattr(settings, k) is None})
 
-# %% ../nbs/19_pipeline.ipynb #f26b2111
+# %% ../nbs/19_pipeline.ipynb #3c57a0ae
 def write_config(path: Path, settings: Settings):
     "Write the settings as YAML, atomically."
-    values = asdict(settings) | dict(scale=list(settings.scale) if settings.scale else None)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
     with write_atomic(path) as tmp: tmp.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 def read_config(path: Path) -> Settings:
     "Read settings. A `UserError` names what is wrong with the file."
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path.parent} is no run: it has no config.yaml. Start one with: namedmask run --images DIR --names NAMES --out {path.parent}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error: raise UserError(f"{path} cannot be read: {error}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error: raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     known = {f.name for f in fields(Settings)}
     if not isinstance(values, dict) or not {"images", "names"} <= values.keys(): raise UserError(f"{path} is not the configuration of a run.")
     if set(values) - known: raise UserError(f"{path} has settings that this version does not know: {', '.join(sorted(set(values) - known))}.")
-    return Settings(**values | dict(scale=tuple(values["scale"]) if values.get("scale") else None))
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../nbs/19_pipeline.ipynb #9eb37f2a
+# %% ../nbs/19_pipeline.ipynb #52b70871
 def differences(a: Settings, b: Settings) -> list[str]:
     "Which settings differ, in words. The version alone makes no difference."
     return [f"{f.name}: {getattr(a, f.name)!r}, now {getattr(b, f.name)!r}" for f in fields(Settings)
             if f.name != "version" and getattr(a, f.name) != getattr(b, f.name)]
 
-# %% ../nbs/19_pipeline.ipynb #91d86944
+# %% ../nbs/19_pipeline.ipynb #d5fec7c5
 def digest(*things) -> str:
     "A short fingerprint of things that JSON can write."
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-# %% ../nbs/19_pipeline.ipynb #df476768
+# %% ../nbs/19_pipeline.ipynb #55d9cde5
 STAGES = ["retrieval", "saliency", "experts", "distill", "report"]
 
 class State:
@@ -104,13 +109,17 @@ class State:
         self.notes["skipped"] = [s for s in self.notes["skipped"] if s["stage"] != stage]
         write_json(self.path, self.notes, indent=1)
 
+    def undo(self, stages: list[str]):
+        for stage in stages: self.notes["stages"].get(stage, {}).update(done=False)
+        write_json(self.path, self.notes, indent=1)
+
     def end(self, stage: str, seconds: float, skipped: list[dict] = (), done: bool = True):
         note = self.notes["stages"][stage]
         note.update(done=done, seconds=round(note.get("seconds", 0) + seconds, 1))
         self.notes["skipped"] += [dict(photo=s["photo"], reason=s["reason"], stage=stage) for s in skipped]
         write_json(self.path, self.notes, indent=1)
 
-# %% ../nbs/19_pipeline.ipynb #377052f8
+# %% ../nbs/19_pipeline.ipynb #fa53d239
 class Run:
     "A run folder with its settings and its stages."
     def __init__(self, folder: str | Path, settings: Settings | None = None, # None: those in the folder
@@ -121,18 +130,20 @@ class Run:
         else:
             self.settings = resolve(settings, self.device.type)
             check_images(self.settings.images)
+            check_stack(self.settings.stack)
             with locked(self.files.root): self._claim(fresh)
         self.state = State(self.files.state)
 
     def _claim(self, fresh: bool):
-        if fresh: self.clear(["config.yaml", "archive.json", "retrieval.json", "embeddings", "masks", *self.trained])
+        changed = []
         if self.files.config.exists():
             changed = differences(read_config(self.files.config), self.settings)
-            if changed:
+            if changed and not fresh:
                 raise UserError(f"{self.files.root} was made with other settings ({'; '.join(changed)}). Give another --out, or --fresh to throw the old run away.")
         elif foreign := sorted(p.name for p in self.files.root.iterdir() if p.name not in (".lock", "state.json") and not p.name.startswith(".writing-")):
             raise UserError(f"{self.files.root} is not empty and no run (it holds {', '.join(foreign[:3])}). Give a new folder.")
-        else: write_config(self.files.config, self.settings)
+        if changed: self.clear(["state.json", "archive.json", "retrieval.json", "embeddings", "masks", *self.trained])  # config.yaml last: a kill is no harm
+        if changed or not self.files.config.exists(): write_config(self.files.config, self.settings)
 
     trained = ["experts", "masks/experts", "checkpoint.pt", "segmenter.safetensors", "segmenter_best.safetensors", "metrics.jsonl", "report.html"]
 
@@ -142,19 +153,23 @@ class Run:
             path = self.files.root / name
             if path.is_dir(): shutil.rmtree(path)
             else: path.unlink(missing_ok=True)
-        if "config.yaml" in names: self.files.state.unlink(missing_ok=True)
 
     @property
     def names(self) -> list[str]: return list(self.settings.names)
 
     def __repr__(self): return f"Run({str(self.files.root)!r}, names={self.names}, done={[s for s in STAGES if self.state.notes['stages'].get(s, {}).get('done')]})"
 
-# %% ../nbs/19_pipeline.ipynb #28f51703
+# %% ../nbs/19_pipeline.ipynb #1044fbb7
 def check_images(images: str | Path):
     "A `UserError` unless `images` is a folder."
     if not Path(images).is_dir(): raise UserError(f"There is no folder of photographs {images}. Give one with --images.")
 
-# %% ../nbs/19_pipeline.ipynb #1a7d6941
+def check_stack(stack: str):
+    "A `UserError` unless there is such a stack."
+    from namedmask.encoders import ENCODERS
+    if stack not in ENCODERS: raise UserError(f'There is no stack "{stack}". Choose from: {", ".join(ENCODERS)}.')
+
+# %% ../nbs/19_pipeline.ipynb #37fd3ccc
 @contextmanager
 def stage(run: Run, name: str, inputs: str):
     "Run the block as a stage: note its time and what it skipped (the list that it gets), also when it fails."
@@ -168,7 +183,7 @@ def stage(run: Run, name: str, inputs: str):
             done = True
         finally: run.state.end(name, time.monotonic() - t, skipped, done)
 
-# %% ../nbs/19_pipeline.ipynb #8d5e03f4
+# %% ../nbs/19_pipeline.ipynb #39c5f654
 def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "Names and photographs → archive.json and retrieval.json."
     from namedmask.encoders import make_encoder
@@ -179,82 +194,93 @@ def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relati
     if not photos: raise UserError(f"There is no photograph in {root} ({len(others)} other files). Give the folder that holds them.")
     inputs = digest([signature(root, p) for p in photos], s.names, s.stack, s.n_images)
     if run.state.done("retrieval", inputs) and run.files.archive.exists(): return archive_of(run)
+    before = read_archive(run.files.archive) if run.files.archive.exists() else None
     with stage(run, "retrieval", inputs) as skipped:
         skipped += others
         encoder = make_encoder(s.stack, run.device)
         index = embed_index(encoder, root, photos, run.files.embeddings)
         skipped += index.skipped
         if not index.photos: raise UserError(f"None of the {len(photos)} photographs in {root} can be read. The first: {index.skipped[0]['photo']}: {index.skipped[0]['reason']}")
-        archive, report = retrieve(encoder, index, s.names, s.n_images)
-        write_json(run.files.retrieval, dict(names=report, photos=len(index.photos)), indent=1)
-        write_archive(run.files.archive, {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()})
+        archive, report, none = retrieve(encoder, index, s.names, s.n_images)
+        write_json(run.files.retrieval, dict(names=report, photos=len(index.photos), strangers=none), indent=1)
+        after = {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()}
+        if after != before: run.state.undo(STAGES[1:])
+        write_archive(run.files.archive, after)
     for r in report.values():
         if r["warning"]: log.warning(r["warning"])
     if not any(archive.values()): raise UserError("No photograph fits any of the names. Ask for things that are in the photographs, or give more photographs.")
     return archive
 
-# %% ../nbs/19_pipeline.ipynb #9501534c
+# %% ../nbs/19_pipeline.ipynb #54502cae
 def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
     "The archive of a run."
     if not run.files.archive.exists(): raise UserError(f"{run.files.root} has no archive yet. Make it with: namedmask retrieve --run {run.files.root}")
     root = Path(run.settings.images).resolve()
     return {n: [os.path.relpath(p, root).replace(os.sep, "/") for p in ps] for n, ps in read_archive(run.files.archive).items()}
 
-# %% ../nbs/19_pipeline.ipynb #fdbb2227
+# %% ../nbs/19_pipeline.ipynb #c82207ce
+def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
+    "The signatures of the archive's photographs."
+    from namedmask.retrieval import signature
+    return [signature(Path(run.settings.images), p) for p in sorted({p for ps in archive.values() for p in ps})]
+
+# %% ../nbs/19_pipeline.ipynb #e2cc9035
 def run_saliency(run: Run):
     "The archive's photographs → class-agnostic masks."
     from namedmask.saliency import save_saliency
     archive = archive_of(run)
     photos = sorted({p for ps in archive.values() for p in ps})
-    inputs = digest(archive, run.settings.stack)
+    inputs = digest(archive, stamps(run, archive), run.settings.stack)
     if run.state.done("saliency", inputs): return
     with stage(run, "saliency", inputs) as skipped:
         skipped += save_saliency(photos, run.settings.images, run.files.saliency, make_detector(run.settings.stack, run.device))
         if not any(mask_file(run.files.saliency, p).exists() for p in photos): raise UserError("No saliency mask could be made: none of the archive's photographs can be read any more.")
 
-# %% ../nbs/19_pipeline.ipynb #cbea232a
+# %% ../nbs/19_pipeline.ipynb #091560a6
 def make_detector(stack: str, device):
     "The saliency detector of a stack."
     from namedmask.spectral import SpectralDetector
     return SpectralDetector(device=device)
 
-# %% ../nbs/19_pipeline.ipynb #ea4e7bf3
-def recipes(s: Settings): # → (augment, recipe of the distillation, of an expert, of the warm start)
+# %% ../nbs/19_pipeline.ipynb #9a257b6f
+def recipes(s: Settings): # → augment and recipe of the distillation; augment, recipe of an expert, and of the warm start
     "What the settings mean for the trainings."
     from namedmask.copy_paste import Augment
     from namedmask.training import Recipe
-    augment = Augment(crop=s.crop, scale=tuple(s.scale), max_n_masks=s.max_n_masks)
+    augment = Augment(crop=s.crop, scale=tuple(s.scale), max_n_masks=s.max_n_masks, jitter=tuple(s.jitter * j for j in Augment.jitter), negatives=s.negatives)
     recipe = Recipe(steps=s.steps, bs=s.bs, lr=s.lr, backbone_lr=s.backbone_lr, eval_every=s.eval_every)
-    return augment, recipe, replace(recipe, steps=s.expert_steps), replace(recipe, steps=s.warm_steps)
+    expert = replace(recipe, steps=s.expert_steps, lr=s.lr / 2, backbone_lr=s.expert_backbone_lr / 2)
+    warm = replace(recipe, steps=s.warm_steps, backbone_lr=s.expert_backbone_lr)
+    return augment, recipe, replace(augment, scale=tuple(s.expert_scale), max_n_masks=1, negatives=0.0), expert, warm
 
-# %% ../nbs/19_pipeline.ipynb #84328c51
+# %% ../nbs/19_pipeline.ipynb #efab7a76
 def run_expert_stage(run: Run):
     "Saliency masks → expert masks."
     from namedmask.experts import run_experts
     s, archive = run.settings, archive_of(run)
-    inputs = digest(archive, asdict(replace(s, steps=0, version="")))
+    inputs = digest(archive, stamps(run, archive), asdict(replace(s, steps=0, version="")))
     if run.state.done("experts", inputs): return
     need(run, "saliency")
     if run.state.notes["stages"].get("experts", {}).get("inputs") not in (None, inputs): run.clear(run.trained)
-    augment, _, expert, warm = recipes(s)
+    _, _, augment, expert, warm = recipes(s)
     with stage(run, "experts", inputs) as skipped:
-        skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, replace(augment, max_n_masks=1),
+        skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, augment,
                                warm=warm if s.warm_steps else None, seed=s.seed, device=run.device)
 
-# %% ../nbs/19_pipeline.ipynb #7671b06c
+# %% ../nbs/19_pipeline.ipynb #aa29d48a
 def need(run: Run, name: str):
     "A `UserError` unless the stage `name` is done."
     if not run.state.notes["stages"].get(name, {}).get("done"):
         command = dict(retrieval="retrieve").get(name, name)
         raise UserError(f"The stage before this one is not done. Run it first: namedmask {command} --run {run.files.root}")
 
-# %% ../nbs/19_pipeline.ipynb #5e7eac1d
+# %% ../nbs/19_pipeline.ipynb #95f945c8
 def run_distill(run: Run):
     "Masks and names → segmenter.safetensors."
     from namedmask.copy_paste import make_items
     from namedmask.distill import distill
     s, archive = run.settings, archive_of(run)
-    inputs = digest(archive, asdict(replace(s, version="")))
+    inputs = digest(archive, stamps(run, archive), asdict(replace(s, version="")))
     if run.state.done("distill", inputs) and run.files.segmenter.exists(): return
     need(run, "experts" if s.experts else "saliency")
     if run.state.notes["stages"].get("distill", {}).get("inputs") not in (None, inputs): run.clear(run.trained[2:])
@@ -262,18 +288,19 @@ def run_distill(run: Run):
         items = []
         for k, (name, photos) in enumerate(archive.items()):
             own, without = make_items({name: photos}, s.images, run.files.expert_masks / slug(name) if s.experts else run.files.saliency)
-            items += [replace(it, label=k + 1) for it in own]
-            skipped += without
-        augment, recipe, _, _ = recipes(s)
-        distill(items, run.names, run.files.root, recipe, augment, seed=s.seed, device=run.device, meta=dict(stack=s.stack))
+            items += [replace(it, label=k + 1) for it in own if it.photo.exists()]
+            skipped += without + [dict(photo=os.path.relpath(it.photo, s.images), reason="the file is gone") for it in own if not it.photo.exists()]
+        augment, recipe, *_ = recipes(s)
+        none = [Path(s.images) / p for p in read_json(run.files.retrieval)["strangers"]]
+        distill(items, run.names, run.files.root, recipe, augment, none, seed=s.seed, device=run.device, meta=dict(stack=s.stack))
 
-# %% ../nbs/19_pipeline.ipynb #0570d833
+# %% ../nbs/19_pipeline.ipynb #b43939b8
 def run_report(run: Run) -> Path:
     "All of it → report.html. Works at any point of a run."
     from namedmask.report import write_report
     with stage(run, "report", ""): return write_report(run.files, run.device)
 
-# %% ../nbs/19_pipeline.ipynb #a6f95776
+# %% ../nbs/19_pipeline.ipynb #dd021591
 def run_all(run: Run) -> Run:
     "Every stage that is not done yet, then the report."
     run_retrieval(run)
@@ -283,7 +310,7 @@ def run_all(run: Run) -> Run:
     run_report(run)
     return run
 
-# %% ../nbs/19_pipeline.ipynb #f06a9251
+# %% ../nbs/19_pipeline.ipynb #0a722c84
 def run(images: str | Path, # the folder of photographs
         names, # "cat, dog", a text file, or a list
         out: str | Path, # the run folder
@@ -292,9 +319,9 @@ def run(images: str | Path, # the folder of photographs
     "Train a segmenter of `names` from the photographs in `images`. The same call goes on where an earlier one stopped."
     unknown = set(settings) - {f.name for f in fields(Settings)}
     if unknown: raise UserError(f"There is no setting {', '.join(sorted(unknown))}. The settings are: {', '.join(f.name for f in fields(Settings))}.")
-    return run_all(Run(out, Settings(images=str(images), names=read_names(names), **settings), device, fresh))
+    return run_all(Run(out, Settings(images=str(Path(images).resolve()), names=read_names(names), **settings), device, fresh))
 
-# %% ../nbs/19_pipeline.ipynb #4ef1520a
+# %% ../nbs/19_pipeline.ipynb #92d48881
 @patch
 def segmenter(self: Run):
     "The trained network, in eval mode."
@@ -302,7 +329,7 @@ def segmenter(self: Run):
     if not self.files.segmenter.exists(): raise UserError(f"{self.files.root} has no segmenter yet. Go on with: namedmask distill --run {self.files.root}")
     return load_segmenter(self.files.segmenter, self.device)
 
-# %% ../nbs/19_pipeline.ipynb #a080f579
+# %% ../nbs/19_pipeline.ipynb #2b3ff958
 @patch
 def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     "Segment one photograph: 0 is background; 1, 2, … are the names in order."
@@ -311,7 +338,7 @@ def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     if not hasattr(self, "_model"): self._model = self.segmenter()
     return predict(self._model, read_photo(photo) if isinstance(photo, (str, Path)) else photo, self.device)
 
-# %% ../nbs/19_pipeline.ipynb #1134e203
+# %% ../nbs/19_pipeline.ipynb #62772749
 @patch
 def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: int | None = None):
     "Score the segmenter on those of a benchmark's names that the run has; the scores are kept for the report."

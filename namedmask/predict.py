@@ -6,7 +6,7 @@
 __all__ = ['endings', 'cuts', 'tile_size', 'max_tile', 'taper', 'predict', 'label_image', 'legend', 'overlay_image',
            'coco_objects', 'gather', 'write_prediction', 'Predicted', 'predict_many']
 
-# %% ../nbs/17_predict.ipynb #ab75bb47
+# %% ../nbs/17_predict.ipynb #59521cba
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .core import BadPhoto, UserError, encode_rle, list_photos, read_photo, trac
 from .evaluate import ahead, whole_logits
 from .viz import overlay, palette
 
-# %% ../nbs/17_predict.ipynb #850c49df
+# %% ../nbs/17_predict.ipynb #9fa9c43b
 def cuts(
     length:int, # of one side of the photograph, in pixels
     tile:int,   # of the tile's side
@@ -32,7 +32,7 @@ def cuts(
     starts = [i*(length - tile)//(n - 1)//32*32 for i in range(n)]
     return [(s, s + tile) for s in starts[:-1]] + [(starts[-1], length)]
 
-# %% ../nbs/17_predict.ipynb #356ec9d0
+# %% ../nbs/17_predict.ipynb #84633b3f
 def tile_size(
     height:int, width:int, # of the photograph
     max_pixels:int, # of a tile, more or less
@@ -47,7 +47,7 @@ def max_tile(n_classes:int)->int: # pixels
     "Pixels of a tile such that its logits stay below a gigabyte."
     return min(1_500_000, 2**28 // n_classes)
 
-# %% ../nbs/17_predict.ipynb #3ec3440f
+# %% ../nbs/17_predict.ipynb #2e3747c8
 def taper(
     start:int, stop:int, # of the tile
     length:int, # of the photograph's side
@@ -60,7 +60,7 @@ def taper(
     if stop < length: weight = np.minimum(weight, ramp[::-1])
     return weight
 
-# %% ../nbs/17_predict.ipynb #1a542cd2
+# %% ../nbs/17_predict.ipynb #3deaadce
 def predict(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     photo:Image.Image,     # RGB, any size from 1×1
@@ -93,7 +93,7 @@ def _opinion(model, photo, device):
     best, ids = logits.max(0)
     return (best - logits.logsumexp(0)).exp().cpu().numpy(), ids.to(torch.int16).cpu().numpy()
 
-# %% ../nbs/17_predict.ipynb #3f7eb119
+# %% ../nbs/17_predict.ipynb #25bc1ba0
 def label_image(
     labels:np.ndarray, # (H, W) uint8 or uint16
 )->Image.Image: # mode P with VOC's palette, or I;16
@@ -102,7 +102,7 @@ def label_image(
     if labels.dtype == np.uint8: im.putpalette(palette(256).tobytes())
     return im
 
-# %% ../nbs/17_predict.ipynb #cdff2f40
+# %% ../nbs/17_predict.ipynb #75fdc49f
 def legend(
     entries:list[tuple[str, tuple[int, int, int]]], # name and colour
     width:int, # of the strip, in pixels
@@ -121,7 +121,7 @@ def legend(
         x = end + gap
     return strip.crop((0, 0, width, y + size + gap))
 
-# %% ../nbs/17_predict.ipynb #f384cc49
+# %% ../nbs/17_predict.ipynb #97de31fb
 def overlay_image(
     photo:Image.Image,  # RGB
     labels:np.ndarray,  # (H, W)
@@ -142,7 +142,7 @@ def overlay_image(
     canvas.paste(picture, ((strip.width - w)//2, 0)); canvas.paste(strip, (0, h))
     return canvas
 
-# %% ../nbs/17_predict.ipynb #9b937a63
+# %% ../nbs/17_predict.ipynb #af10b182
 def coco_objects(
     labels:np.ndarray, # (H, W) label map
     image_id:int,
@@ -153,7 +153,7 @@ def coco_objects(
     return [dict(id=first_id+k, image_id=image_id, category_id=i, segmentation=rle, iscrowd=0,
                  bbox=coco_mask.toBbox(rle).tolist(), area=int(coco_mask.area(rle))) for k, (i, rle) in enumerate(found)]
 
-# %% ../nbs/17_predict.ipynb #222f7928
+# %% ../nbs/17_predict.ipynb #d2912058
 def gather(
     inputs:Iterable[str|Path]|str|Path, # photographs and folders
     out:str|Path, # results go here; what is in it is no input
@@ -181,7 +181,7 @@ def _free_name(photo, root, taken):
     while photo in taken: photo = f'_{photo}'
     return photo
 
-# %% ../nbs/17_predict.ipynb #c3f302a7
+# %% ../nbs/17_predict.ipynb #b86b6e7c
 endings = dict(png='.png', overlay='.overlay.jpg', npz='.npz')
 
 def write_prediction(
@@ -197,7 +197,7 @@ def write_prediction(
         elif format == 'npz': np.savez_compressed(f, labels=labels, names=np.array(['background', *names]))
         else: raise ValueError(f'no format {format!r}')
 
-# %% ../nbs/17_predict.ipynb #6d965cc4
+# %% ../nbs/17_predict.ipynb #cb658d80
 @dataclass
 class Predicted:
     "What `predict_many` did."
