@@ -12,7 +12,7 @@ install: .venv/installed
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[offline,dev]"
+	$(BIN)/pip install --quiet -e ".[offline,paper,dev]"
 	touch $@
 
 demo: install

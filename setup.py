@@ -9,7 +9,7 @@ settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("offline", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("offline", "paper", "dev")}
 extras["all"] = sorted({req for reqs in extras.values() for req in reqs})
 
 setup(
@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["namedmask", "namedmask.*"]),
-    include_package_data=True,
+    package_data={cfg["lib_name"]: ["configs/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-_front = dict(run="pipeline", Run="pipeline", Settings="pipeline", UserError="core")  # what a user needs, imported when first used
+_front = dict(run="pipeline", Run="pipeline", Settings="config", UserError="core")  # what a user needs, imported when first used
 
 
 def __getattr__(name):

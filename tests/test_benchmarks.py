@@ -1,4 +1,4 @@
-"""Benchmarks: COCO's masks against pycocotools' own, incomplete data, names."""
+"""Benchmarks: every label of small datasets in the published layouts, COCO's masks against pycocotools' own, incomplete data, names."""
 import contextlib, io, json, os, shutil, warnings
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from namedmask.benchmarks import Benchmark, coco_labels, load_benchmark, match_names, restrict
+from namedmask.benchmarks import MERGED, Benchmark, coco_labels, load_benchmark, match_names, restrict, wnid_ids, wnid_names
 from namedmask.core import UserError
+from namedmask.viz import palette
 
 SHARED = Path(os.environ.get("NAMEDMASK_SHARED", Path(__file__).parents[2] / "shared"))
 COCO_DEV = SHARED / "data/coco_dev"
@@ -146,3 +147,302 @@ def test_labels_do_not_depend_on_annotation_order():
     boxes = [dict(category_id=c, area=w * h, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]) for c, x, y, w, h in places]
     ids = {i: i for i in range(5)}
     assert np.array_equal(coco_labels(boxes, 40, 40, ids), coco_labels(boxes[::-1], 40, 40, ids))
+
+
+# --- the published layouts, with the odd cases that real copies have
+
+def photo(path, w=20, h=12, mode="RGB", fmt="JPEG"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(w * h).integers(0, 256, (h, w, 3)).astype(np.uint8)).convert(mode).save(path, fmt)
+
+
+def png(path, labels, colours=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    im = Image.fromarray(labels)
+    if colours is not None:
+        im = im.convert("P") if im.mode != "L" else Image.fromarray(labels, "P")
+        im.putpalette(colours)
+    im.save(path)
+
+
+def ids_of(b): return [labels() for _, labels in b]
+
+
+def one_message(e, *parts):
+    for part in (*parts, "Looked for", "Found"): assert part in str(e.value), (part, str(e.value))
+
+
+@pytest.fixture
+def voc(tmp_path):
+    "Three photographs in VOC's layout: one grey, with 255 borders, palette PNGs, blank lines in a list."
+    root, rng = tmp_path / "VOCdevkit/VOC2012", np.random.default_rng(0)
+    maps = {}
+    for k, name in enumerate(["2007_000033", "2007_000042", "2008_000001"]):
+        photo(root / f"JPEGImages/{name}.jpg", mode="L" if k == 1 else "RGB")
+        maps[name] = rng.integers(0, 21, (12, 20)).astype(np.uint8)
+        maps[name][:2] = maps[name][:, -2:] = 255
+        png(root / f"SegmentationClass/{name}.png", maps[name], palette().tobytes())
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2008_000001\n")
+    (lists / "val.txt").write_text("2007_000033\n2007_000042 \n\n")
+    return root, maps
+
+
+def test_voc_every_pixel(voc):
+    root, maps = voc
+    for split, names in dict(val=["2007_000033", "2007_000042"], train=["2008_000001"], trainval=list(maps)).items():
+        b = load_benchmark("voc2012", root, split)
+        assert [p.name for p, _ in b] == [f"{n}.jpg" for n in names] and b.names == VOC and b.ignore == 255
+        for got, name in zip(ids_of(b), names): assert got.dtype == np.uint8 and np.array_equal(got, maps[name])
+    for given in (root, root.parent, root.parent.parent, str(root)): assert len(load_benchmark("voc2012", given)) == 2
+    assert b.palette[15].tolist() == [192, 128, 128] and b.palette.shape == (21, 3)
+
+
+def test_voc_agrees_with_torchvision(voc):
+    datasets = pytest.importorskip("torchvision.datasets")
+    root, _ = voc
+    (root / "ImageSets/Segmentation/val.txt").write_text("2007_000033\n2007_000042\n")    # a blank line stops torchvision
+    theirs = datasets.VOCSegmentation(root.parents[1], image_set="val")
+    for (p, labels), (im, target) in zip(load_benchmark("voc2012", root.parents[1]), theirs, strict=True):
+        assert np.array_equal(labels(), np.array(target)) and Image.open(p).size == im.size
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda r: shutil.rmtree(r), "does not exist"),
+    (lambda r: shutil.rmtree(r / "ImageSets"), "val.txt"),
+    (lambda r: shutil.rmtree(r / "JPEGImages"), "missing are 2"),
+    (lambda r: shutil.rmtree(r / "SegmentationClass"), "2007_000033.png"),
+    (lambda r: (r / "SegmentationClass/2007_000042.png").unlink(), "missing are 1"),
+    (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text(""), "names in val.txt"),
+], ids=["nothing", "no lists", "no photos", "no labels", "a label gone", "an empty list"])
+def test_voc_half_unpacked(voc, spoil, says):
+    spoil(voc[0])
+    with pytest.raises(UserError) as e: load_benchmark("voc2012", voc[0])
+    one_message(e, says, "VOCtrainval_11-May-2012.tar", str(voc[0]))
+
+
+def test_labels_are_read_late_and_damage_is_named(voc):
+    root, _ = voc
+    (root / "SegmentationClass/2007_000033.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    Image.new("RGB", (20, 12)).save(root / "SegmentationClass/2007_000042.png")
+    b = load_benchmark("voc2012", root)                            # nothing is read yet
+    with pytest.raises(UserError, match="2007_000033.png cannot be read"): b.pairs[0][1]()
+    with pytest.raises(UserError, match="2007_000042.png has mode RGB"): b.pairs[1][1]()
+
+
+@pytest.fixture
+def coca_root(tmp_path):
+    "Three names of CoCA, image endings in every case, one folder in another case, rubbish beside them."
+    root, maps = tmp_path / "coca", {}
+    for name, folder, file, ending, fmt in [("Accordion", "Accordion", "a", ".jpg", "JPEG"),
+                                            ("Yellow duck", "yellow duck", "b", ".JPG", "JPEG"), ("whisk", "whisk", "C", ".jpeg", "JPEG"), ("whisk", "whisk", "d", ".png", "PNG")]:
+        photo(root / f"image/{folder}/{file}{ending}", fmt=fmt)
+        mask = np.random.default_rng(len(maps)).random((12, 20)) > .5
+        png(root / f"binary/{name}/{file.lower()}.{'PNG' if file == 'a' else 'png'}", mask if file == "d" else np.uint8(255 * mask))
+        maps[name, file.lower()] = mask
+    (root / "image/whisk/Thumbs.db").touch(); (root / "image/whisk/._C.jpeg").touch(); (root / "readme.txt").touch()
+    return root, maps
+
+
+@pytest.mark.filterwarnings("ignore:coca is not complete")
+def test_coca_every_pixel(coca_root):
+    root, maps = coca_root
+    place = {"Accordion": 1, "Yellow duck": 3, "whisk": 80}
+    for given in (root, root.parent):
+        b = load_benchmark("coca", given)
+        assert len(b) == 4 and len(b.names) == 80 and b.names == sorted(b.names) and b.names[2] == "Yellow duck"
+        for p, labels in b:
+            name = "Yellow duck" if p.parent.name == "yellow duck" else p.parent.name
+            got = labels()
+            assert got.dtype == np.uint8 and np.array_equal(got, place[name] * maps[name, p.stem.lower()]), p
+    for split in ("all", "test"): assert len(load_benchmark("coca", root, split)) == 4
+    with pytest.raises(UserError, match="splits"): load_benchmark("coca", root, "train")
+
+
+def test_coca_of_some_names_warns(coca_root):
+    with pytest.warns(UserWarning, match="none of UAV, alarm clock"): load_benchmark("coca", coca_root[0])
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda r: shutil.rmtree(r), "does not exist"),
+    (lambda r: shutil.rmtree(r / "binary"), "4 photographs without labels"),
+    (lambda r: shutil.rmtree(r / "image"), "4 label files without a photograph"),
+    (lambda r: shutil.rmtree(r / "binary/whisk"), "2 photographs without labels"),
+    (lambda r: (r / "image/whisk/d.png").unlink(), "d.png"),
+], ids=["nothing", "no masks", "no photos", "a folder gone", "a photo gone"])
+def test_coca_half_unpacked(coca_root, spoil, says):
+    spoil(coca_root[0])
+    with pytest.raises(UserError) as e: load_benchmark("coca", coca_root[0])
+    one_message(e, says, "zhaozhang.net/coca", "coca")
+
+
+CITY = {17: 1, 18: 2, 19: 3, 20: 4, 24: 5, 25: 6, 26: 7, 27: 8, 28: 9, 29: 10, 30: 11, 31: 12, 32: 13, 33: 14}
+
+
+@pytest.fixture
+def city(tmp_path):
+    "Two cities; the stored ids are all of 0..33, 255 (the licence plate), and some that no table has."
+    root, maps = tmp_path / "cityscapes", []
+    for k, city in enumerate(["aachen", "ulm"]):
+        stored = np.random.default_rng(k).permutation([*range(34), 255, 254, 99, *[26] * 203]).reshape(12, 20).astype(np.uint8)
+        stem = f"{city}_{k:06d}_000019"
+        photo(root / f"leftImg8bit/val/{city}/{stem}_leftImg8bit.png", fmt="PNG")
+        png(root / f"gtFine/val/{city}/{stem}_gtFine_labelIds.png", stored)
+        for other in ("color", "instanceIds"): png(root / f"gtFine/val/{city}/{stem}_gtFine_{other}.png", stored)
+        (root / f"gtFine/val/{city}/{stem}_gtFine_polygons.json").write_text("{}")
+        maps.append(stored)
+    return root, maps
+
+
+def test_cityscapes_every_pixel(city):
+    root, maps = city
+    for given in (root, root.parent):
+        b = load_benchmark("cityscapes", given)
+        assert len(b.names) == 14 and b.names[0] == "pole" and b.names[13] == "bicycle" and len(b) == 2
+        for got, stored in zip(ids_of(b), maps, strict=True):
+            assert np.array_equal(got, np.vectorize(lambda v: CITY.get(int(v), 0))(stored))
+    assert b.palette[7].tolist() == [0, 0, 142]
+    cut = restrict(b, ["car", "person"])
+    assert cut.palette.tolist() == [[0, 0, 0], [0, 0, 142], [220, 20, 60]] and np.array_equal(ids_of(cut)[0] == 1, maps[0] == 26)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda r: shutil.rmtree(r), "does not exist"),
+    (lambda r: shutil.rmtree(r / "gtFine"), "2 photographs without labels"),
+    (lambda r: shutil.rmtree(r / "leftImg8bit"), "2 label files without a photograph"),
+    (lambda r: shutil.rmtree(r / "leftImg8bit/val/ulm"), "ulm_000001"),
+    (lambda r: [shutil.rmtree(r / d / "val") for d in ("leftImg8bit", "gtFine")], "there are none"),
+], ids=["nothing", "no labels", "no photos", "a city gone", "no split"])
+def test_cityscapes_half_unpacked(city, spoil, says):
+    spoil(city[0])
+    with pytest.raises(UserError) as e: load_benchmark("cityscapes", city[0])
+    one_message(e, says, "cityscapes-dataset.com")
+
+
+def imagenet_s_copy(root, n, wnids, photos, split="validation"):
+    "A copy of an edition with empty folders but for `photos`: (wnid, label map)."
+    folder = root / f"ImageNet-S/ImageNetS{n}"
+    for w in wnids:
+        for part in (split, "validation-segmentation"): (folder / part / w).mkdir(parents=True, exist_ok=True)
+    for k, (w, ids) in enumerate(photos):
+        stem = f"{w}/ILSVRC2012_val_{k:08d}"
+        photo(folder / split / f"{stem}.JPEG", mode="L" if k == 0 else "RGB")
+        rgb = np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)
+        png(folder / "validation-segmentation" / f"{stem}.png", rgb)
+    return folder
+
+
+def any_wnids(n, merge=False):
+    "`n` classes of ImageNet in a mixed order; with `merge` none that is counted as another."
+    from timm.data import ImageNetInfo
+    return [w for w in ImageNetInfo().label_names() if not (merge and w in MERGED)][::-1][:n]
+
+
+@pytest.mark.filterwarnings("ignore:imagenet_s")
+@pytest.mark.parametrize("n", [50, 300, 919])
+def test_imagenet_s_every_pixel(tmp_path, n):
+    wnids = any_wnids(n, merge=n == 919)
+    rng = np.random.default_rng(n)
+    maps = [rng.integers(0, n + 1, (12, 20)) for _ in range(3)]
+    for m in maps: m[:2] = 1000
+    folder = imagenet_s_copy(tmp_path, n, wnids, [(sorted(wnids)[k], m) for k, m in enumerate(maps)])
+    for given in (tmp_path, folder.parent, folder):
+        b = load_benchmark(f"imagenet_s{n}", given)
+        assert len(b.names) == n == len(set(map(str.lower, b.names))) and b.ignore == 1000 and b.palette.shape == (n + 1, 3)
+        for got, m in zip(ids_of(b), maps, strict=True): assert got.dtype == np.uint16 and np.array_equal(got, m)
+    assert match_names(b.names, b.names) == list(range(1, n + 1))   # a segmenter with these names has these ids
+
+
+@pytest.mark.filterwarnings("ignore:imagenet_s")
+def test_imagenet_s_merged_classes(tmp_path):
+    "A copy whose photographs of a merged class still lie in that class's own folder."
+    wnids = any_wnids(919, merge=True)
+    assert set(MERGED.values()) <= set(wnids)
+    ids = wnid_ids(wnids, merge=True)
+    label = np.full((12, 20), ids["n03642806"])
+    folder = imagenet_s_copy(tmp_path, 919, [*wnids, "n03642806"], [("n03642806", label)])
+    b = load_benchmark("imagenet_s919", tmp_path)
+    assert len(b.names) == 919 and b.names[ids["n03642806"] - 1] == "notebook" and np.array_equal(ids_of(b)[0], label)
+    (folder / "validation-segmentation/n03832673").mkdir(exist_ok=True)
+    moved = folder / "validation-segmentation/n03832673/ILSVRC2012_val_00000000.png"
+    (folder / "validation-segmentation/n03642806/ILSVRC2012_val_00000000.png").rename(moved)
+    assert np.array_equal(ids_of(load_benchmark("imagenet_s919", tmp_path))[0], label)     # and its labels in the other's
+
+
+@pytest.mark.filterwarnings("ignore:imagenet_s")
+@pytest.mark.parametrize("n", [50, 300, 919])
+def test_imagenet_s_ids_follow_the_category_list(tmp_path, shared, n):
+    "With the edition's own list, some folders are enough; ids are places in the sorted list."
+    listed = sorted((shared / f"data/imagenet_s/ImageNetS_categories_im{n}.txt").read_text().split())
+    assert len(listed) == n and not set(listed) & set(MERGED if n == 919 else ())
+    some = listed[::17]
+    folder = imagenet_s_copy(tmp_path, n, some, [(w, np.full((12, 20), listed.index(w) + 1)) for w in some])
+    with pytest.raises(UserError) as e: load_benchmark(f"imagenet_s{n}", tmp_path)
+    one_message(e, f"{n} class folders", f"there are {len(some)}", "LUSSeg/ImageNet-S")
+    shutil.copy(shared / f"data/imagenet_s/ImageNetS_categories_im{n}.txt", folder)
+    with pytest.warns(UserWarning, match="none of"): b = load_benchmark(f"imagenet_s{n}", tmp_path)
+    assert wnid_ids(listed) == {w: i for i, w in enumerate(listed, 1)} and b.names == wnid_names(listed)
+    for p, labels in b: assert (labels() == listed.index(p.parent.name) + 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:imagenet_s")
+def test_imagenet_s_test_part_has_no_labels(tmp_path):
+    imagenet_s_copy(tmp_path, 50, any_wnids(50), [(any_wnids(50)[0], np.zeros((12, 20), int))], split="test")
+    b = load_benchmark("imagenet_s50", tmp_path, "test")
+    assert len(b) == 1
+    with pytest.raises(UserError, match="not public"): b.pairs[0][1]()
+
+
+@pytest.mark.filterwarnings("ignore:imagenet_s")
+@pytest.mark.parametrize("spoil, says", [
+    (lambda r: shutil.rmtree(r), "there are 0"),
+    (lambda r: shutil.rmtree(r / "validation-segmentation"), "1 photographs without labels"),
+    (lambda r: shutil.rmtree(r / "validation"), "1 label files without a photograph"),
+    (lambda r: next(r.glob("validation/*/*.JPEG")).unlink(), "1 label files without a photograph"),
+    (lambda r: [shutil.rmtree(next((r / part).iterdir())) for part in ("validation", "validation-segmentation")], "there are "),
+    (lambda r: [(r / "validation/stranger").mkdir(), shutil.rmtree(r / "validation-segmentation")], "without labels"),
+], ids=["nothing", "no labels", "no photos", "a photo gone", "a class gone", "a stranger"])
+def test_imagenet_s_half_unpacked(tmp_path, spoil, says):
+    wnids = any_wnids(50)
+    spoil(imagenet_s_copy(tmp_path, 50, wnids, [(wnids[3], np.zeros((12, 20), int))]))
+    for part in ("validation", "validation-segmentation"):
+        if says == "there are ": shutil.rmtree(tmp_path / "ImageNet-S/ImageNetS50" / part / wnids[0], ignore_errors=True)
+    with pytest.raises(UserError) as e: load_benchmark("imagenet_s50", tmp_path)
+    one_message(e, says, "LUSSeg/ImageNet-S", "ImageNetS50")
+
+
+def test_names_of_imagenet_classes_are_unique():
+    from timm.data import ImageNetInfo
+    names = wnid_names(ImageNetInfo().label_names())
+    assert len({n.lower() for n in names}) == 1000
+    assert wnid_names(["n02012849"]) == ["crane"] and wnid_names(["n02012849", "n03126707"])[1] == "crane (n03126707)"
+
+
+def test_coco_odd_annotations(coco):
+    "An empty polygon, two parts, a code as a string, a grey JPEG; what is no COCO is told at once."
+    from pycocotools import mask
+    file = coco / "annotations/instances_val2017.json"
+    data = json.loads(file.read_text())
+    Image.new("L", (20, 10)).save(coco / "val2017/b.jpg")
+    stripe = np.zeros((10, 20), np.uint8); stripe[4] = 1
+    code = mask.encode(np.asfortranarray(stripe))
+    data["annotations"] += [dict(id=3, image_id=2, category_id=7, iscrowd=0, area=0, segmentation=[]),
+                            dict(id=4, image_id=2, category_id=3, iscrowd=0, area=20,
+                                 segmentation=dict(size=[10, 20], counts=code["counts"].decode())),
+                            dict(id=5, image_id=2, category_id=7, iscrowd=0, area=8,
+                                 segmentation=[[0, 0, 2, 0, 2, 2, 0, 2], [8, 8, 10, 8, 10, 10, 8, 10]])]
+    file.write_text(json.dumps(data))
+    got = ids_of(load_benchmark("coco2017", coco))[1]
+    want = stripe.copy(); want[:2, :2] = want[8:10, 8:10] = 2
+    assert np.array_equal(got, want)
+    for spoil in (lambda d: d["annotations"][0].update(category_id=99), lambda d: d["images"][0].pop("height"),
+                  lambda d: d.update(annotations=[1]), lambda d: d["annotations"][1].pop("area")):
+        bad = json.loads(json.dumps(data))
+        spoil(bad); file.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match="in COCO's format"): load_benchmark("coco2017", coco)
+
+
+def test_unknown_values_in_a_label_file_do_not_count(tmp_path):
+    b = Benchmark("x", ["a", "b"], [(Path("p"), lambda: np.array([[1, 2, 255, 300, 999]], np.uint16))])
+    assert ids_of(restrict(b, ["b"]))[0].tolist() == [[0, 1, 255, 255, 255]]

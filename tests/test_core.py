@@ -1,5 +1,5 @@
 "Bad input and bad disks: what is read is either right or refused in words, and what is written is whole or not there."
-import contextlib, errno, json, os, subprocess, sys, warnings
+import contextlib, errno, json, os, struct, subprocess, sys, warnings, zlib
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,65 @@ def test_what_is_there_but_cannot_be_opened(tmp_path, monkeypatch):
     with pytest.raises(BadPhoto, match="permission"): read_photo(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("content, words", [
+    (b"<!DOCTYPE html><title>404</title>", "web page"), (b"\n <html>", "web page"), (b"\0\0\0\x18ftypheic" + bytes(30), "HEIC"), (b"\0\0\0\x18ftypisom" + bytes(30), "video"),
+    (b"%PDF-1.4", "PDF"), (b"PK\x03\x04abc", "zip"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"), (b"<svg xmlns=''/>", "SVG"),
+    (b"version https://git-lfs.github.com/spec/v1", "LFS"), (bytes(9000), "zeros")])
+def test_the_reason_names_what_it_is(tmp_path, content, words):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(BadPhoto, match=words): read_photo(tmp_path / "a.jpg")
+
+
+def test_a_bomb_is_refused_unread_and_without_noise(tmp_path):
+    chunk = lambda t, d: struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+    for side in (10_000, 200_000):
+        (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99))))
+        with pytest.raises(BadPhoto, match="size guard of 64 megapixels"): read_photo(tmp_path / "b.png")
+    code = "import sys; from namedmask.core import *\ntry: read_photo(sys.argv[1])\nexcept BadPhoto: pass"
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "c.png")                          # where Pillow would warn
+    assert not subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.png")], capture_output=True, check=True).stderr
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 65535), (-400, 8600), (0, 1e6)])
+def test_wide_numbers_keep_their_order(tmp_path, values):
+    x = np.linspace(*values, 40 * 30, dtype=np.float32).reshape(30, 40)
+    Image.fromarray(x).save(tmp_path / "a.tif")
+    got = np.asarray(read_photo(tmp_path / "a.tif"))[..., 0].ravel().astype(int)
+    assert (np.diff(got) >= 0).all() and got[0] == 0 and got[-1] == 255
+    x[3, 3] = np.nan
+    Image.fromarray(x).save(tmp_path / "a.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert np.asarray(read_photo(tmp_path / "a.tif"))[20:].max() == 255
+
+
+def test_two_pictures_in_one_file(tmp_path):
+    "MPO, as some telephones and stereo cameras write it, under its own name and as .jpg."
+    for n in ("a.mpo", "b.jpg"): noise().save(tmp_path / n, "MPO", save_all=True, append_images=[noise().rotate(180)])
+    assert list_photos(tmp_path)[0] == ["a.mpo", "b.jpg"] and all(close(read_photo(tmp_path / n), noise(), 14) for n in ("a.mpo", "b.jpg"))
+
+
+def test_a_link_to_itself_has_a_reason(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    with pytest.raises(BadPhoto, match="leads back to itself"): read_photo(tmp_path / "a.jpg")
+
+
 # Folders of photographs
+
+def test_files_that_only_look_like_photographs(tmp_path):
+    for n in ("Thumbs.db", "desktop.ini", "._a.jpg", ".DS_Store"): (tmp_path / n).write_bytes(b"x")
+    for n in ("a.HEIC", "b.CR2", "c.eps", "d.pdf", "e.jpg."): (tmp_path / n).write_bytes(b"x")
+    photos, skipped = list_photos(tmp_path)
+    assert not photos and [s["photo"] for s in skipped] == ["a.HEIC", "b.CR2", "c.eps", "d.pdf", "e.jpg."]
+    assert "convert it" in skipped[0]["reason"] and "raw camera file" in skipped[1]["reason"]
+
+
+def test_deep_folders(tmp_path):
+    deep = tmp_path / "/".join(["d"] * 30)
+    deep.mkdir(parents=True)
+    noise().save(deep / "a.png")
+    assert list_photos(tmp_path)[0] == ["/".join(["d"] * 30 + ["a.png"])]
+
 
 def test_listing(tmp_path):
     names = ["b.JPG", "a.jpeg", "c.png", "sub/deeper/ü ñ 猫.webp", "sub/quote'\" $x;#.jpg", "-rf.jpg", "sub/a.jpeg", "two.dots.jpg", " .jpg", "new\nline.png"]

@@ -6,8 +6,9 @@ import numpy as np, pytest, torch
 from safetensors.torch import save_file
 
 from namedmask.core import UserError
-from namedmask.deeplab import (load_segmenter, load_state, make_segmenter, normalise, param_groups, pixel_stats,
+from namedmask.deeplab import (convert, load_published, load_segmenter, load_state, make_segmenter, normalise, param_groups, pixel_stats,
                                read_weights, save_segmenter)
+from namedmask.weights import published_path
 
 SHARED = Path(os.environ.get("NAMEDMASK_SHARED", Path(__file__).parents[1].parent / "shared"))
 needs_golden = pytest.mark.skipif(not (SHARED / "golden" / "fill.py").exists(),
@@ -34,6 +35,92 @@ def test_published_network(arch, n):
     for key in z.files:
         if key.startswith("after_train_step/"):
             np.testing.assert_allclose(model.state_dict()[key.split("/")[1]].numpy(), z[key], rtol=2e-4, atol=1e-6)
+
+
+def close(model, z):
+    with torch.no_grad(): y = model(torch.from_numpy(z["inputs"])).numpy()
+    assert abs(y - z["outputs"]).max() <= 2e-4 * abs(z["outputs"]).max()
+
+
+@needs_golden
+@pytest.mark.parametrize("arch, n, wrap", [("resnet50", 21, dict), ("resnet101", 21, lambda s: {"model": s}),
+                                           ("resnet50", 2, lambda s: {"model": {f"module.{k}": v for k, v in s.items()}})])
+def test_published_file(tmp_path, arch, n, wrap):
+    "The way of a downloaded file: read, recognised, checked, run; trained; converted."
+    state, z = golden(f"deeplabv3plus_{arch}_{n}")
+    torch.save(wrap(state), tmp_path / "p.pt")
+    model = load_published(tmp_path / "p.pt")
+    assert (model.arch, model.n_classes, model.names, model.mean) == (arch, n, [f"class {i}" for i in range(1, n)], (.485, .456, .406))
+    assert not model.training
+    close(model, z)
+    with torch.no_grad(): model.train()(torch.from_numpy(z["inputs"]))
+    for key in z.files:
+        if key.startswith("after_train_step/"):
+            np.testing.assert_allclose(model.state_dict()[key.split("/")[1]].numpy(), z[key], rtol=2e-4, atol=1e-6)
+    names = [f"name {i}" for i in range(1, n)]
+    convert(tmp_path / "p.pt", tmp_path / "s.safetensors", names)
+    for again in load_segmenter(tmp_path / "s.safetensors"), load_published(tmp_path / "s.safetensors"):
+        assert (again.arch, again.names, again.meta["source"], len(again.meta["sha256"])) == (arch, names, "p.pt", 64)
+        assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    close(again, z)
+
+
+def test_published_files_that_do_not_fit(tmp_path):
+    state, path = make_segmenter("resnet50", 3, pretrained=False).state_dict(), tmp_path / "p.pt"
+    def fails(state, *words, **kw):
+        torch.save(state, path)
+        with pytest.raises(UserError) as error: load_published(path, **kw)
+        for word in (path.name, *words): assert word in str(error.value)
+    last = "classifier.classifier.3.weight"
+    fails({k: v for k, v in state.items() if k != "backbone.layer3.5.conv1.weight"}, "1 missing: backbone.layer3.5.conv1.weight")
+    fails({k: v for k, v in state.items() if k != last}, f"1 missing: {last}")
+    fails(state | {"backbone.fc.weight": torch.zeros(2), "epoch": torch.tensor(1)}, "2 unknown: backbone.fc.weight, epoch")
+    fails(state | {"backbone.conv1.weight": torch.zeros(64, 1, 7, 7)}, "backbone.conv1.weight (64, 1, 7, 7), not (64, 3, 7, 7)")
+    for bad in torch.zeros(()), torch.zeros(0, 256, 1, 1), torch.zeros(3, 99, 1, 1):
+        fails(state | {last: bad}, f"{last} {tuple(bad.shape)}, not")
+    fails({"encoder.pos_embed": torch.zeros(1)}, "missing: backbone.conv1.weight", "unknown: encoder.pos_embed")
+    fails(state, "missing: backbone.layer3.6", arch="resnet101")
+    fails(state, "2 names", "1 names are given", names=["one"])
+    torch.save(state, path)
+    assert load_published(path, ["a", "b"]).names == ["a", "b"]
+    with pytest.raises(UserError, match="must end in .safetensors"): convert(path, tmp_path / "s.pt")
+    with pytest.raises(UserError, match="There is no file"): load_published(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="namedmask_voc2012"): load_published("namedmask_voc")
+    save_segmenter(tmp_path / "s.safetensors", make_segmenter("resnet50", 3, pretrained=False), ["a", "b"])
+    with pytest.raises(UserError, match="1 names are given"): load_published(tmp_path / "s.safetensors", ["one"])
+
+
+def test_the_start_from_dino(tmp_path, monkeypatch):
+    "By a file and by name: torchvision's names without a classifier, found in the cache without a network."
+    from torchvision.models import resnet50
+    state = {k: v + 1 for k, v in resnet50().state_dict().items() if not k.startswith("fc.")}
+    monkeypatch.setenv("NAMEDMASK_HOME", str(tmp_path)); monkeypatch.setenv("NAMEDMASK_OFFLINE", "1")
+    path = published_path("dino_resnet50")
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    for pretrained in path, True:
+        model = make_segmenter("resnet50", 21, pretrained)
+        assert all(torch.equal(v, state[k]) for k, v in model.backbone.state_dict().items())
+    torch.save({k: v for k, v in state.items() if not k.startswith("layer4.2")}, path)
+    with pytest.raises(UserError, match="missing: layer4.2.conv1.weight"): make_segmenter("resnet50", 21, path)
+    with pytest.raises(UserError, match="recorded when it was first used.*pretrained=PATH"): make_segmenter("resnet50", 21, True)
+
+
+@pytest.mark.parametrize("stride, size", [(8, (9, 13)), (16, (5, 7)), (32, (3, 4))])
+def test_mobilenetv2(tmp_path, stride, size):
+    model = make_segmenter("mobilenetv2_100", 21, pretrained=False, head_channels=256, output_stride=stride).eval()
+    x = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        low, high = model.backbone(x)
+        assert low.shape == (2, 24, 17, 25) and high.shape == (2, 320, *size) and model(x).shape == (2, 21, 65, 97)
+    assert sum(p.numel() for p in model.backbone.parameters()) == 1_811_712       # torchvision's mobilenet_v2 up to its 320 features
+    assert sum(p.numel() for p in model.parameters()) == 2_648_421
+    assert {m.momentum for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {.01}
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    again = load_published(tmp_path / "m.pt", arch="mobilenetv2_100", head_channels=256, output_stride=stride)
+    with torch.no_grad(): assert torch.equal(again(x), model(x))
+    save_segmenter(tmp_path / "m.safetensors", model, [str(i) for i in range(20)])
+    with torch.no_grad(): assert torch.equal(load_segmenter(tmp_path / "m.safetensors")(x), model(x))
 
 
 def tiny(n=3, arch="tf_efficientnet_lite0", **kw): return make_segmenter(arch, n_classes=n, pretrained=False, head_channels=16, **kw)
@@ -76,8 +163,10 @@ def test_onnx(tmp_path):
 @pytest.mark.parametrize("kw, words", [
     (dict(arch="nosuchnet"), "nosuchnet"), (dict(arch="vit_small_patch16_224"), "vit_small"),
     (dict(output_stride=5), "output stride"), (dict(arch="resnet50", output_stride=16), "output stride 8"),
-    (dict(arch="resnet50", pretrained=True), "pretrained=PATH"), (dict(pretrained="nowhere.pth"), "nowhere.pth")])
-def test_wrong_wishes(kw, words):
+    (dict(arch="resnet50", pretrained=True), "pretrained=PATH"), (dict(arch="resnet101", pretrained=True), "pretrained=PATH"),
+    (dict(arch="mobilenetv2_100", pretrained=True), "network is forbidden"), (dict(pretrained="nowhere.pth"), "nowhere.pth")])
+def test_wrong_wishes(kw, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("NAMEDMASK_HOME", str(tmp_path)); monkeypatch.setenv("NAMEDMASK_OFFLINE", "1")
     with pytest.raises(UserError, match=words): make_segmenter(**{"arch": "tf_efficientnet_lite0", "pretrained": False} | kw)
 
 

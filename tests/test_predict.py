@@ -1,5 +1,5 @@
 """Prediction: any size at bounded memory, tiles without seams, formats, folders, broken files."""
-import contextlib, io, os, stat, subprocess, sys
+import contextlib, copy, io, json, os, stat, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from torch import nn
 
 from namedmask.core import UserError, read_json
-from namedmask.predict import cuts, gather, legend, overlay_image, predict, predict_many, tile_size
+from namedmask.predict import cuts, gather, journal, legend, model_key, overlay_image, predict, predict_many, tile_size
+from namedmask.viz import lettering, letters_of, readable
 
 torch.manual_seed(0)
 
@@ -269,3 +270,123 @@ def test_cuda_is_near(model):
     photo = scene(500, 400)
     same = predict(model.cuda(), photo, "cuda")
     assert (predict(model.cpu(), photo) == same).mean() > 0.99
+
+
+# Going on after an interruption
+
+class Halt:
+    "A progress bar that ends the job after `n` photographs."
+    def __init__(self, n, error=KeyboardInterrupt): self.n, self.error = n, error
+    def __call__(self, photos, *args, **kwargs):
+        for k, photo in enumerate(photos):
+            if k == self.n: raise self.error
+            yield photo
+
+
+def passes(model, *args, **kwargs):
+    "How often the segmenter was asked, and what `predict_many` said."
+    asked = []
+    hook = model.register_forward_hook(lambda *a: asked.append(1))
+    try: return (predict_many(model, *args, progress=None, **kwargs), len(asked))
+    finally: hook.remove()
+
+
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("format", ["png", "overlay", "coco"])
+def test_an_interrupted_job_goes_on(model, folder, tmp_path, format):
+    "The same files as an unbroken job, and nothing predicted twice."
+    whole = predict_many(model, folder, tmp_path / "whole", format, progress=None)
+    with pytest.raises(KeyboardInterrupt): predict_many(model, folder, tmp_path / "o", format, progress=Halt(4))
+    assert (tmp_path / "o" / f".predicting-{format}" / "done.jsonl").read_text().count("\n") >= 2
+    assert not (tmp_path / "o/predictions.json").exists()
+    done = (tmp_path / "o" / f".predicting-{format}" / "done.jsonl").read_text().count("\n")
+    again, asked = passes(model, folder, tmp_path / "o", format)
+    assert asked == len(GOOD) - done and again == whole
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+    assert passes(model, folder, tmp_path / "o", format)[1] == len(GOOD)      # a finished job is done afresh
+
+
+def test_only_what_still_holds_is_reused(model, folder, tmp_path):
+    "Another photograph under an old name, a lost result, a line cut by a kill: predicted again."
+    out = tmp_path / "o"
+    with pytest.raises(KeyboardInterrupt): predict_many(model, folder, out, progress=Halt(6))
+    journal = out / ".predicting-png/done.jsonl"
+    done = [json.loads(line)["photo"] for line in journal.read_text().splitlines()]
+    assert len(done) == 4
+    scene(60, 50, 9).save(folder / done[0])
+    (out / f"{done[1]}.png").unlink()
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert passes(model, folder, out)[1] == 4                                  # these three, and the one that was not reached
+    predict_many(model, folder, tmp_path / "whole", progress=None)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_another_segmenter_starts_afresh(model, folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt): predict_many(model, folder, tmp_path / "o", "coco", progress=Halt(7))
+    other = copy.deepcopy(model)
+    other.names = [n.upper() for n in model.names]
+    assert model_key(other) != model_key(model) == model_key(copy.deepcopy(model))
+    assert passes(other, folder, tmp_path / "o", "coco")[1] == len(GOOD)
+
+
+def test_two_jobs_do_not_meet(model, folder, tmp_path):
+    with journal(tmp_path / "o/.predicting-png"), pytest.raises(UserError, match="Another process"):
+        predict_many(model, folder, tmp_path / "o", progress=None)
+    predict_many(model, folder, tmp_path / "o", progress=None)
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[4])
+torch.set_num_threads(1)
+from test_predict import Net
+from namedmask.predict import predict_many
+torch.manual_seed(1)
+net = Net().eval()
+if sys.argv[3] == "slow": net.register_forward_hook(lambda *a: (print("one", flush=True), time.sleep(0.3)) and None)
+predict_many(net, sys.argv[1], sys.argv[2], "coco", progress=None)
+"""
+
+
+def test_sigkill(folder, tmp_path):
+    run = lambda out, pace: subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(out), pace, str(Path(__file__).parent)], stdout=subprocess.PIPE)
+    job = run(tmp_path / "o", "slow")
+    for _ in range(3): job.stdout.readline()
+    job.kill(); job.wait()
+    assert (tmp_path / "o/.predicting-coco/done.jsonl").exists() and not (tmp_path / "o/predictions.json").exists()
+    assert run(tmp_path / "o", "fast").wait() == run(tmp_path / "whole", "fast").wait() == 0
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+
+
+def test_coco_of_odd_names(model, tmp_path):
+    "Names that are no valid Unicode, names of no photographs, and a photograph with nothing in it."
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / "in").mkdir()
+    for k, n in enumerate((odd, "new\nline.png", "\U0001f431.jpg")): scene(60, 50, k).save(tmp_path / "in" / n, "PNG")
+    predict_many(model, tmp_path / "in", tmp_path / "o", "coco", progress=None)
+    with contextlib.redirect_stdout(io.StringIO()): coco = COCO(str(tmp_path / "o/predictions.json"))
+    assert {im["file_name"] for im in coco.dataset["images"]} == {odd, "new\nline.png", "\U0001f431.jpg"}
+    assert all(set(im) == {"id", "file_name", "width", "height"} for im in coco.dataset["images"])
+    assert all(set(a) == {"id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd"} and a["iscrowd"] == 0 for a in coco.dataset["annotations"])
+    assert [a["id"] for a in coco.dataset["annotations"]] == list(range(1, len(coco.anns) + 1))
+
+
+def test_tiles_lie_on_the_grid():
+    "Only the last tile may end off the network's grid, for a tile that does is stretched."
+    for length in range(1, 5000, 53):
+        for tile in (64, 100, 300, 450, 1224): assert all(a % 32 == 0 and b % 32 == 0 for a, b in cuts(length, tile)[:-1])
+
+
+# Letters
+
+def test_no_empty_boxes():
+    "What no font can write is called by its number; what some font has the letters of is written."
+    lost = "\U000f0000"
+    assert readable("größe", 1) == "größe" and readable(lost, 3) == "name 3" and readable(f"cat {lost}", 4) == "cat (name 4)"
+    assert readable("", 2) == "name 2" and readable("\u200d", 5) == "name 5"
+    for text in ("größe", "кошка", "γάτα", "قطة", "a" + lost, "猫"):
+        for part, font in lettering(text, 16): assert {ord(c) for c in part} <= letters_of(font.path)
+    photo, labels = Image.new("RGB", (300, 200), "grey"), np.ones((200, 300), np.uint8)
+    assert overlay_image(photo, labels, [lost]).tobytes() == overlay_image(photo, labels, ["name 1"]).tobytes()

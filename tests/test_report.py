@@ -259,3 +259,26 @@ def test_curves_of_odd_values():
     for lo, hi in (0, 1), (0, 7e-5), (3, 3), (-2, 5), (0, 1e9):
         assert all(lo <= t <= hi for t in ticks(lo, hi)) and 1 <= len(ticks(lo, hi)) <= 8
     assert len({colour(i) for i in range(200)}) > 150
+
+
+def test_a_thousand_skipped_files(tmp_path):
+    "Reasons that differ in numbers only are one entry; each file keeps its own."
+    run = start(tmp_path / "run", tmp_path, ["cat"])
+    skipped = [dict(photo=f"a{i}.tif", reason=f"{9000 + i}×7000 is above the size guard of 64 megapixels") for i in range(700)]
+    skipped += [dict(photo=f"b{i}.heic", reason="Pillow cannot read .heic; convert it to JPEG") for i in range(300)]
+    write_json(run.state, dict(skipped=skipped))
+    text, page = check(write_report(run))
+    said = words(page)
+    assert "1 000 files could not be used" in said and text.count("<summary><b>") == 2 and "and 500 more" in said
+    assert "a7.tif: 9007×7000 is above" in said and "convert it to JPEG" in said
+
+
+def test_long_names_and_many(tmp_path):
+    "Eighty names, some of a length that no line holds and some of other scripts: all in the page, and whole somewhere."
+    names = [f"name {i}" for i in range(76)] + ["word " * 60 + "end", "x" * 300, "猫と犬", "قطة"]
+    run = start(tmp_path / "run", tmp_path, names, odd_setting=7)
+    write_json(run.retrieval, dict(names={n.strip(): dict(kept=0, best=.2, worst=None, sure=False, warning=f'"{n}" is not there.') for n in names}, photos=3))
+    text, page = check(write_report(run))
+    said = words(page)
+    assert all(n in said for n in names) and "80 names" in said and "Worth a look: 80 names" in said
+    assert "more settings" in said and "odd setting 7" in said and "-webkit-line-clamp" in text
