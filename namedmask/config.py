@@ -7,7 +7,7 @@ __all__ = ['CONFIGS', 'PAPER', 'CPU', 'CUDA', 'DEFAULTS', 'KINDS', 'Settings', '
            'parse_overrides', 'write_config', 'read_yaml', 'read_config', 'differences', 'config_names', 'load_config',
            'settings_of']
 
-# %% ../nbs/19_config.ipynb #4e80f6b4
+# %% ../nbs/19_config.ipynb #1f241373
 import difflib, types, typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import namedmask
 from . import __version__
 from .core import UserError, read_names, write_atomic
 
-# %% ../nbs/19_config.ipynb #c053ad26
+# %% ../nbs/19_config.ipynb #d53573e6
 @dataclass
 class Settings:
     "What a run is asked to do. `None` means: what suits the stack and the device."
@@ -43,7 +43,7 @@ class Settings:
     jitter: float | None = None          # strength of the colour jitter; 1 is the paper's
     negatives: float | None = None       # part of the samples that are built on a photograph of none of the names; 0 in the paper
     background: float | None = None      # weight of background pixels in the loss; 1 in the paper
-    views: tuple[float, float] | None = None  # sizes at which the segmenter looks at a photograph, in terms of those it learned from; None in the paper: its own
+    views: tuple[float, ...] | None = None  # sizes at which the segmenter looks at a photograph, in terms of those it learned from; None in the paper: its own
     eval_every: int | None = None        # steps between two marks while training
     ignore: int = 255                    # the label of pixels that do not count
     arch: str | None = None              # of the segmenter and of the experts: resnet50, resnet101 or a network of timm's
@@ -63,12 +63,12 @@ class Settings:
     seed: int = 0
     version: str = __version__           # what wrote it
 
-# %% ../nbs/19_config.ipynb #c47de11c
+# %% ../nbs/19_config.ipynb #74935d33
 CONFIGS = Path(namedmask.__file__).parent / "configs"
 PAPER = {k: v for k, v in yaml.safe_load((CONFIGS / "paper.yaml").read_text(encoding="utf-8")).items() if k not in ("stack", "images", "experts")}
 
 CPU = dict(n_images=100, warm_steps=120, expert_steps=15, expert_bs=8, expert_lr=1e-3, expert_backbone_lr=1e-4, expert_scale=(0.5, 2.0),
-           steps=900, crop=256, bs=8, lr=2e-3, backbone_lr=0.0, scale=(0.2, 1.0), max_n_masks=2, jitter=0.5, negatives=0.4, background=0.25, views=(1.0, 1.5), eval_every=150,
+           steps=750, crop=256, bs=8, lr=2e-3, backbone_lr=0.0, scale=(0.2, 1.0), max_n_masks=2, jitter=0.5, negatives=0.4, background=0.15, views=(0.8, 1.0, 1.5), eval_every=150,
            arch="tf_efficientnet_lite0")
 
 CUDA = CPU | dict(n_images=500, warm_steps=2000, expert_steps=500, expert_lr=2.5e-4, expert_backbone_lr=2.5e-5,
@@ -76,18 +76,19 @@ CUDA = CPU | dict(n_images=500, warm_steps=2000, expert_steps=500, expert_lr=2.5
 
 DEFAULTS = {("offline", "cpu"): CPU, ("offline", "cuda"): CUDA, ("paper", "cpu"): PAPER, ("paper", "cuda"): PAPER}
 
-# %% ../nbs/19_config.ipynb #bff6e8fb
+# %% ../nbs/19_config.ipynb #097454a2
 def resolve(settings: Settings, device: str # "cpu" or "cuda"
             ) -> Settings:
     "The settings with every `None` that has a default filled in."
     if (settings.stack, device) not in DEFAULTS: raise UserError(f'There is no stack "{settings.stack}". Choose from: {", ".join(dict.fromkeys(s for s, _ in DEFAULTS))}.')
     return replace(settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS[settings.stack, device].items() if getattr(settings, k) is None})
 
-# %% ../nbs/19_config.ipynb #db5fec47
+# %% ../nbs/19_config.ipynb #48cadaf0
 def fits(value, kind) -> bool:
     "Whether a value that YAML can hold is of an annotated type."
     if isinstance(kind, types.UnionType): return any(fits(value, k) for k in typing.get_args(kind))
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and args[-1] is ...: return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
     if origin is tuple: return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
     if origin is list: return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin is dict: return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
@@ -95,7 +96,7 @@ def fits(value, kind) -> bool:
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
-# %% ../nbs/19_config.ipynb #a541d96e
+# %% ../nbs/19_config.ipynb #dd08331d
 KINDS = {f.name: f.type for f in fields(Settings)}
 
 def make_settings(values: dict, # setting → value
@@ -114,9 +115,9 @@ def make_settings(values: dict, # setting → value
 def in_words(kind) -> str:
     "A type as a person says it."
     if isinstance(kind, types.UnionType): kind = typing.get_args(kind)[0]
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "two numbers" if typing.get_origin(kind) is tuple else "names with their prompts")
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, ("numbers" if ... in typing.get_args(kind) else "two numbers") if typing.get_origin(kind) is tuple else "names with their prompts")
 
-# %% ../nbs/19_config.ipynb #7de81aed
+# %% ../nbs/19_config.ipynb #0892620e
 def parse_overrides(items: typing.Iterable[str] # "key=value"
                     ) -> dict:
     "What `--set` gives. Raises `UserError` for what is no assignment."
@@ -132,13 +133,13 @@ def parse_overrides(items: typing.Iterable[str] # "key=value"
         values[key.strip()] = value
     return values
 
-# %% ../nbs/19_config.ipynb #8b717754
+# %% ../nbs/19_config.ipynb #5b6cc2b2
 def write_config(path: Path, settings: Settings):
     "Write the settings as YAML, atomically."
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
     with write_atomic(path) as tmp: tmp.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/19_config.ipynb #a0d6ccfd
+# %% ../nbs/19_config.ipynb #02bf3fbd
 def read_yaml(path: Path) -> dict:
     "The settings in a file as a dictionary. A `UserError` names what is wrong with the file."
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -146,7 +147,7 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict): raise UserError(f"{path} holds no settings (lines of KEY: VALUE).")
     return values
 
-# %% ../nbs/19_config.ipynb #ea5a6427
+# %% ../nbs/19_config.ipynb #500b5b4c
 def read_config(path: Path) -> Settings:
     "Read the settings of a run. A `UserError` names what is wrong with the file."
     if not path.exists(): raise UserError(f"{path.parent} is no run: it has no config.yaml. Start one with: namedmask run --images DIR --names NAMES --out {path.parent}")
@@ -154,18 +155,18 @@ def read_config(path: Path) -> Settings:
     if not {"images", "names"} <= values.keys(): raise UserError(f"{path} is not the configuration of a run.")
     return make_settings(values, str(path))
 
-# %% ../nbs/19_config.ipynb #babe84ab
+# %% ../nbs/19_config.ipynb #fded0119
 def differences(a: Settings, b: Settings) -> list[str]:
     "Which settings differ, in words. The version alone makes no difference."
     return [f"{f.name}: {getattr(a, f.name)!r}, now {getattr(b, f.name)!r}" for f in fields(Settings)
             if f.name != "version" and getattr(a, f.name) != getattr(b, f.name)]
 
-# %% ../nbs/19_config.ipynb #3a84c7a9
+# %% ../nbs/19_config.ipynb #7e61b420
 def config_names() -> list[str]:
     "The configurations in the package."
     return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "paper")
 
-# %% ../nbs/19_config.ipynb #cf4879b0
+# %% ../nbs/19_config.ipynb #ffabaf35
 def load_config(config: str | Path # a name of `config_names`, or a file
                 ) -> dict:
     "The settings of a configuration, those of its base included, each key and type checked."
@@ -180,7 +181,7 @@ def load_config(config: str | Path # a name of `config_names`, or a file
     make_settings(values, str(path))
     return values
 
-# %% ../nbs/19_config.ipynb #6d40a8d1
+# %% ../nbs/19_config.ipynb #4f537833
 def settings_of(config: str | Path, root: str | Path | None = None, # the data root
                 **overrides # any setting
                 ) -> Settings:
