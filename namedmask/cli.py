@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunDir', 'Device', 'polite', 'version', 'common', 'tell_skipped', 'run_command', 'stage_command', 'saliency',
            'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
 
-# %% ../nbs/21_cli.ipynb #5f13f1d0
+# %% ../nbs/21_cli.ipynb #bf51b692
 import functools, logging, os, sys
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing_extensions import Annotated
 from . import __version__
 from .core import UserError, write_json
 
-# %% ../nbs/21_cli.ipynb #5516169b
+# %% ../nbs/21_cli.ipynb #a23c3197
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
     help="**NamedMask**: category names and unlabelled photographs in, a network that segments and names those things out.\n\n"
          "Start with a folder of photographs and some names:\n\n"
@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
          "`namedmask predict --run runs/pets photos --out masks --format overlay`\n\n"
          "A command that was stopped, or killed, goes on where it was when it is given again.")
 
-# %% ../nbs/21_cli.ipynb #e0f5234a
+# %% ../nbs/21_cli.ipynb #754fa80c
 def polite(command):
     "Failures as one line and an exit code."
     @functools.wraps(command)
@@ -40,7 +40,7 @@ def polite(command):
         raise typer.Exit(code)
     return wrapped
 
-# %% ../nbs/21_cli.ipynb #b32114ab
+# %% ../nbs/21_cli.ipynb #b4b372ba
 RunDir = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -59,13 +59,13 @@ def common(
     from namedmask.weights import is_offline
     if is_offline(): os.environ["HF_HUB_OFFLINE"] = "1"
 
-# %% ../nbs/21_cli.ipynb #419f0f13
+# %% ../nbs/21_cli.ipynb #e90be1ed
 def tell_skipped(skipped: list[dict] # of photo and reason
                  ):
     "A line on stderr for each photograph that was passed over; odd characters in its name are written out."
     for s in skipped: typer.echo(f"skipped {s['photo'] if s['photo'].isprintable() else ascii(s['photo'])}: {s['reason']}", err=True)
 
-# %% ../nbs/21_cli.ipynb #010e744a
+# %% ../nbs/21_cli.ipynb #b29aafdc
 @app.command("run")
 @polite
 def run_command(
@@ -88,13 +88,12 @@ def run_command(
     from namedmask.config import parse_overrides
     from namedmask.pipeline import run
     if config is None and None in (images, names, out): raise typer.BadParameter("give --images, --names and --out, or --config and --root")
-    out = out or Path("runs") / Path(config).stem
     given = dict(stack=stack, n_images=n_images, steps=steps, experts=experts, seed=seed)
     settings = parse_overrides(set or []) | {k: v for k, v in given.items() if v is not None}
     done = run(images, names, out, device, fresh, config, root, **settings)
     typer.echo(f"Segmenter: {done.files.segmenter}\nReport:    {done.files.report}")
 
-# %% ../nbs/21_cli.ipynb #771448fc
+# %% ../nbs/21_cli.ipynb #6dcfb5a5
 def stage_command(name: str, function: str, text: str):
     "A command that runs one stage of a run folder."
     def command(run: RunDir, device: Device = "auto"):
@@ -108,7 +107,7 @@ for args in [("retrieve", "run_retrieval", "First stage: which photographs show 
              ("distill", "run_distill", "Fourth stage: train the segmenter on the masks, by copy-paste."),
              ("report", "run_report", "Write report.html, of a finished run or of one under way.")]: stage_command(*args)
 
-# %% ../nbs/21_cli.ipynb #12b4aae6
+# %% ../nbs/21_cli.ipynb #918eca58
 @app.command()
 @polite
 def saliency(
@@ -132,7 +131,7 @@ def saliency(
     tell_skipped(skipped)
     typer.echo(f"Masks: {out}" + (f" ({len(skipped)} files skipped)" if skipped else ""))
 
-# %% ../nbs/21_cli.ipynb #ce031cd5
+# %% ../nbs/21_cli.ipynb #9ddd850f
 @app.command()
 @polite
 def experts(
@@ -154,7 +153,7 @@ def experts(
     for name, (iou, n) in judged.items(): typer.echo(f"{name:24} {'no photograph' if iou is None else f'{100 * iou:5.1f}  over {n} photographs'}")
     if json: write_json(json, {name: iou for name, (iou, _) in judged.items()}, indent=1)
 
-# %% ../nbs/21_cli.ipynb #a677550f
+# %% ../nbs/21_cli.ipynb #a7b14182
 class Format(str, Enum):
     "What `predict` writes."
     png = "png"
@@ -162,7 +161,7 @@ class Format(str, Enum):
     coco = "coco"
     npz = "npz"
 
-# %% ../nbs/21_cli.ipynb #4727bd11
+# %% ../nbs/21_cli.ipynb #19bbb2b1
 @app.command()
 @polite
 def predict(
@@ -181,7 +180,7 @@ def predict(
     typer.echo(f"{len(result.done)} photographs segmented in {out}" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
     if result.skipped and not result.done: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #4a51deb1
+# %% ../nbs/21_cli.ipynb #2f2cec46
 @app.command()
 @polite
 def evaluate(
@@ -209,7 +208,7 @@ def evaluate(
     if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {limit} photographs' if limit else ''}"))
     if json: write_json(json, scores.to_json(), indent=1)
 
-# %% ../nbs/21_cli.ipynb #73118e51
+# %% ../nbs/21_cli.ipynb #12f16943
 @app.command()
 @polite
 def download(
@@ -223,7 +222,7 @@ def download(
         return Console().print(downloads_table())
     for name, path in download(what, offline=offline).items(): typer.echo(f"{name}: {path}")
 
-# %% ../nbs/21_cli.ipynb #28efade7
+# %% ../nbs/21_cli.ipynb #34670720
 @app.command()
 @polite
 def convert(
@@ -239,7 +238,7 @@ def convert(
     convert(source, target, names_for(names, benchmark, root))
     typer.echo(target)
 
-# %% ../nbs/21_cli.ipynb #0c7cf745
+# %% ../nbs/21_cli.ipynb #ad67b9ce
 @app.command()
 @polite
 def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"), device: Device = "auto"):
@@ -254,7 +253,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs
     run_report(done)
     typer.echo(f"Report: {done.files.report.resolve()}")
 
-# %% ../nbs/21_cli.ipynb #dd1ad45b
+# %% ../nbs/21_cli.ipynb #acd8d423
 def main(args: list[str] | None = None):
     "The command line. Leaves with 0, 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'STAGES', 'digest', 'State', 'check_images', 'Run', 'stage', 'encoder_of', 'run_retrieval', 'archive_of',
-           'import_archive', 'digest_file', 'stamps', 'run_saliency', 'make_detector', 'import_masks', 'recipes',
-           'start_of', 'run_expert_stage', 'import_experts', 'need', 'run_distill', 'views_of', 'marks_of',
-           'run_evaluation', 'run_report', 'run_all', 'run', 'default_split', 'weights_for', 'score_weights',
-           'export_for_server', 'names_for', 'judge_experts']
+           'import_archive', 'stamps', 'run_saliency', 'make_detector', 'import_masks', 'recipes', 'start_of',
+           'run_expert_stage', 'import_experts', 'need', 'run_distill', 'views_of', 'marks_of', 'run_evaluation',
+           'run_report', 'run_all', 'run', 'default_split', 'weights_for', 'score_weights', 'export_for_server',
+           'names_for', 'judge_experts']
 
-# %% ../nbs/20_pipeline.ipynb #8631116c
+# %% ../nbs/20_pipeline.ipynb #5d05454d
 import hashlib, json, logging, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,17 +19,17 @@ import numpy as np
 from fastcore.basics import patch
 
 from .config import KINDS, Settings, differences, read_config, resolve, settings_of, write_config
-from .core import (RunFolder, UserError, list_photos, locked, mask_file, pick_device, read_archive, read_json, read_mask, read_names, slug, write_archive,
+from .core import (RunFolder, UserError, list_photos, locked, mask_file, pick_device, read_archive, read_json, read_mask, read_names, slug, track, write_archive,
                             write_json, write_mask)
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/20_pipeline.ipynb #0d818069
+# %% ../nbs/20_pipeline.ipynb #4842a1d2
 def digest(*things) -> str:
     "A short fingerprint of things that JSON can write."
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-# %% ../nbs/20_pipeline.ipynb #b526096c
+# %% ../nbs/20_pipeline.ipynb #5f3684f4
 STAGES = ["retrieval", "saliency", "experts", "distill", "evaluate", "report"]
 
 class State:
@@ -60,12 +60,12 @@ class State:
         self.notes["skipped"] += [dict(photo=s["photo"], reason=s["reason"], stage=stage) for s in skipped]
         write_json(self.path, self.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #b0a3e1a9
+# %% ../nbs/20_pipeline.ipynb #d8112e8a
 def check_images(images: str | Path):
     "A `UserError` unless `images` is a folder."
     if not Path(images).is_dir(): raise UserError(f"There is no folder of photographs {images}. Give one with --images.")
 
-# %% ../nbs/20_pipeline.ipynb #f1d62e0d
+# %% ../nbs/20_pipeline.ipynb #57f037f6
 class Run:
     "A run folder with its settings and its stages."
     def __init__(self, folder: str | Path, settings: Settings | None = None, # None: those in the folder
@@ -105,7 +105,7 @@ class Run:
 
     def __repr__(self): return f"Run({str(self.files.root)!r}, names={self.names}, done={[s for s in STAGES if self.state.notes['stages'].get(s, {}).get('done')]})"
 
-# %% ../nbs/20_pipeline.ipynb #c134c27e
+# %% ../nbs/20_pipeline.ipynb #7527d7f4
 @contextmanager
 def stage(run: Run, name: str, inputs: str):
     "Run the block as a stage: note its time and what it skipped (the list that it gets), also when it fails."
@@ -119,13 +119,13 @@ def stage(run: Run, name: str, inputs: str):
             done = True
         finally: run.state.end(name, time.monotonic() - t, skipped, done)
 
-# %% ../nbs/20_pipeline.ipynb #8d8de43b
+# %% ../nbs/20_pipeline.ipynb #a4bfec4f
 def encoder_of(s: Settings, device):
     "The image-text encoder that the settings ask for."
     from namedmask.encoders import make_encoder
     return make_encoder(s.stack, device, **(dict(model=s.encoder, pretrained=s.encoder_weights) if s.stack == "paper" else {}))
 
-# %% ../nbs/20_pipeline.ipynb #c4208631
+# %% ../nbs/20_pipeline.ipynb #38310c3a
 def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "Names and photographs → archive.json and retrieval.json."
     from namedmask.retrieval import embed_index, index_from_embeddings, retrieve, signature
@@ -154,21 +154,21 @@ def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relati
     if not any(archive.values()): raise UserError("No photograph fits any of the names. Ask for things that are in the photographs, or give more photographs.")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #992df74a
+# %% ../nbs/20_pipeline.ipynb #8bad9ee8
 def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
     "The archive of a run."
     if not run.files.archive.exists(): raise UserError(f"{run.files.root} has no archive yet. Make it with: namedmask retrieve --run {run.files.root}")
     root = Path(run.settings.images).resolve()
     return {n: [os.path.relpath(p, root).replace(os.sep, "/") for p in ps] for n, ps in read_archive(run.files.archive).items()}
 
-# %% ../nbs/20_pipeline.ipynb #dad720dc
+# %% ../nbs/20_pipeline.ipynb #45344aec
 def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "`settings.archive` → archive.json, in the order of the run's names."
     from namedmask.retrieval import reroot
-    from namedmask.weights import find
+    from namedmask.weights import find, sha256
     s, root = run.settings, Path(run.settings.images)
     file = find(s.archive)
-    inputs = digest(digest_file(file), s.names, s.n_images)
+    inputs = digest(sha256(file), s.names, s.n_images)
     if run.state.done("retrieval", inputs) and run.files.archive.exists(): return archive_of(run)
     given = {slug(n): photos for n, photos in reroot(read_archive(file), root).items()}
     if lacking := [n for n in s.names if slug(n) not in given]: raise UserError(f"{file} has no photographs for: {', '.join(lacking)}.")
@@ -180,31 +180,27 @@ def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relat
         write_archive(run.files.archive, {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()})
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #edb3d002
-def digest_file(path: Path) -> str:
-    "A fingerprint of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()[:16]
-
-# %% ../nbs/20_pipeline.ipynb #d570dbe2
+# %% ../nbs/20_pipeline.ipynb #d8144281
 def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
     "The signatures of the archive's photographs."
     from namedmask.retrieval import signature
     return [signature(Path(run.settings.images), p) for p in sorted({p for ps in archive.values() for p in ps})]
 
-# %% ../nbs/20_pipeline.ipynb #930f7ef9
+# %% ../nbs/20_pipeline.ipynb #3f4d748e
 def run_saliency(run: Run):
     "The archive's photographs → class-agnostic masks."
     from namedmask.saliency import save_saliency
+    from namedmask.weights import find
     s, archive = run.settings, archive_of(run)
     photos = sorted({p for ps in archive.values() for p in ps})
     inputs = digest(archive, stamps(run, archive), s.stack, s.selfmask, s.saliency_masks)
     if run.state.done("saliency", inputs): return
     with stage(run, "saliency", inputs) as skipped:
-        if s.saliency_masks: import_masks(s.saliency_masks, photos, run.files.saliency)
+        if s.saliency_masks: import_masks(find(s.saliency_masks), photos, run.files.saliency)
         else: skipped += save_saliency(photos, s.images, run.files.saliency, make_detector(s, run.device))
         if not any(mask_file(run.files.saliency, p).exists() for p in photos): raise UserError("No saliency mask could be made: none of the archive's photographs can be read any more.")
 
-# %% ../nbs/20_pipeline.ipynb #0c54a3f0
+# %% ../nbs/20_pipeline.ipynb #eaa4e562
 def make_detector(s: Settings, device):
     "The saliency detector that the settings ask for."
     if s.stack == "paper":
@@ -214,15 +210,13 @@ def make_detector(s: Settings, device):
     from namedmask.spectral import SpectralDetector
     return SpectralDetector(device=device)
 
-# %% ../nbs/20_pipeline.ipynb #fa22054d
-def import_masks(source: str, # a folder, or the name of something published
+# %% ../nbs/20_pipeline.ipynb #56626dea
+def import_masks(folder: Path, # of the masks
                  photos: list[str], # relative paths
                  out: Path):
     "Copy the masks of `photos` into a run. A `UserError` counts those that are missing."
     from namedmask.saliency import published_file
-    from namedmask.weights import find
-    folder = find(source)
-    if not folder.is_dir(): raise UserError(f"{source} is no folder of masks.")
+    if not folder.is_dir(): raise UserError(f"{folder} is no folder of masks.")
     inner = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]              # a zip file may hold one folder around all
     found = {p: next((f for f in (published_file(d, q) for d in inner for q in (p, p.partition("/")[2] or p)) if f.is_file()), None) for p in photos}
     if absent := [p for p, f in found.items() if f is None]:
@@ -230,7 +224,7 @@ def import_masks(source: str, # a folder, or the name of something published
     for p, f in found.items():
         if not mask_file(out, p).exists(): write_mask(mask_file(out, p), read_mask(f))
 
-# %% ../nbs/20_pipeline.ipynb #8bb1314c
+# %% ../nbs/20_pipeline.ipynb #b72c054b
 def recipes(s: Settings): # → augment and recipe of the distillation; augment, recipe of an expert, and of the warm start
     "What the settings mean for the trainings."
     from namedmask.copy_paste import Augment
@@ -242,7 +236,7 @@ def recipes(s: Settings): # → augment and recipe of the distillation; augment,
     warm = replace(expert, steps=s.warm_steps, lr=2 * s.expert_lr, backbone_lr=2 * s.expert_backbone_lr)
     return augment, recipe, replace(augment, scale=tuple(s.expert_scale), max_n_masks=1, negatives=0.0), expert, warm
 
-# %% ../nbs/20_pipeline.ipynb #1d7d5c00
+# %% ../nbs/20_pipeline.ipynb #f8e3c329
 def start_of(s: Settings):
     "→ a function: number of classes → the network to train."
     from namedmask.deeplab import make_segmenter
@@ -250,10 +244,11 @@ def start_of(s: Settings):
     pretrained = find(s.backbone) if s.backbone else True
     return lambda n_classes: make_segmenter(s.arch, n_classes, pretrained)
 
-# %% ../nbs/20_pipeline.ipynb #6b629490
+# %% ../nbs/20_pipeline.ipynb #c75f587d
 def run_expert_stage(run: Run):
     "Saliency masks → expert masks."
     from namedmask.experts import run_experts
+    from namedmask.weights import find
     s, archive = run.settings, archive_of(run)
     inputs = digest(archive, stamps(run, archive), asdict(replace(s, steps=0, version="", benchmark=None, root=None)))
     if run.state.done("experts", inputs): return
@@ -263,14 +258,15 @@ def run_expert_stage(run: Run):
     how = dict(side=None, smooth=None, fewest=1) if s.stack == "paper" else {}
     with stage(run, "experts", inputs) as skipped:
         if s.expert_masks:
-            for name, photos in archive.items(): import_masks(s.expert_masks, photos, run.files.expert_masks / slug(name))
+            folder = find(s.expert_masks)             # once: a published file is checked each time it is asked for
+            for name, photos in archive.items(): import_masks(folder, photos, run.files.expert_masks / slug(name))
             return
         if s.expert_weights: import_experts(s.expert_weights, list(archive), run.files.experts)
         start = start_of(s)
         skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, augment,
                                warm=warm if s.warm_steps else None, start=lambda: start(2), seed=s.seed, device=run.device, **how)
 
-# %% ../nbs/20_pipeline.ipynb #ac4a3b68
+# %% ../nbs/20_pipeline.ipynb #a095bfb9
 def import_experts(folder: str | Path, # holds expert_{name}.pt
                    names: list[str], out: Path):
     "Experts trained elsewhere → the run's folder of experts. A name whose file is not there is trained."
@@ -280,14 +276,14 @@ def import_experts(folder: str | Path, # holds expert_{name}.pt
         source, target = Path(folder) / f"expert_{slug(name)}.pt", out / f"{slug(name)}.safetensors"
         if source.is_file() and not target.exists(): save_segmenter(target, load_published(source, [name]), [name])
 
-# %% ../nbs/20_pipeline.ipynb #ffe271e2
+# %% ../nbs/20_pipeline.ipynb #ba2a920f
 def need(run: Run, name: str):
     "A `UserError` unless the stage `name` is done."
     if not run.state.notes["stages"].get(name, {}).get("done"):
         command = dict(retrieval="retrieve").get(name, name)
         raise UserError(f"The stage before this one is not done. Run it first: namedmask {command} --run {run.files.root}")
 
-# %% ../nbs/20_pipeline.ipynb #a846c9b0
+# %% ../nbs/20_pipeline.ipynb #d494d76f
 def run_distill(run: Run):
     "Masks and names → segmenter.safetensors."
     from namedmask.copy_paste import make_items
@@ -307,16 +303,19 @@ def run_distill(run: Run):
         none = [Path(s.images) / p for p in read_json(run.files.retrieval)["strangers"]]
         distill(items, run.names, run.files.root, recipe, augment, none, start_of(s), s.seed, run.device, marks_of(run), meta=dict(stack=s.stack), views=views_of(run, archive), hold=0 if s.benchmark else 10)
 
-# %% ../nbs/20_pipeline.ipynb #2ebae478
+# %% ../nbs/20_pipeline.ipynb #4dc33746
 def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest sides, in pixels; empty: a photograph's own
     "At which sizes the segmenter is to look at photographs: `settings.views` times the usual longest side of the archive's."
     from namedmask.copy_paste import Augment
     from namedmask.saliency import photo_size
     if not run.settings.views: return []
-    sides = [max(photo_size(Path(run.settings.images) / p)) for p in {p for ps in archive.values() for p in ps} if (Path(run.settings.images) / p).exists()]
-    return [round(v * min(float(np.median(sides)), Augment.side)) for v in run.settings.views]
+    sides = []
+    for p in sorted({p for ps in archive.values() for p in ps}):
+        try: sides.append(max(photo_size(Path(run.settings.images) / p)))
+        except OSError: pass                          # gone or broken since; the training tells
+    return [round(v * min(float(np.median(sides)), Augment.side)) for v in run.settings.views] if sides else []
 
-# %% ../nbs/20_pipeline.ipynb #72ceaa6a
+# %% ../nbs/20_pipeline.ipynb #e9472021
 def marks_of(run: Run):
     "→ a function: model → scores on the run's benchmark; None where it has none."
     s = run.settings
@@ -329,7 +328,7 @@ def marks_of(run: Run):
         return dict(miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
     return marks
 
-# %% ../nbs/20_pipeline.ipynb #dbb70d0f
+# %% ../nbs/20_pipeline.ipynb #05d45c7a
 def run_evaluation(run: Run):
     "The segmenter → its scores on the run's benchmark, if it has one."
     s = run.settings
@@ -340,13 +339,13 @@ def run_evaluation(run: Run):
     with stage(run, "evaluate", inputs): scores = run.evaluate(s.benchmark, s.root, s.split, keep=False)
     run.keep_scores(s.benchmark, scores)
 
-# %% ../nbs/20_pipeline.ipynb #2feea090
+# %% ../nbs/20_pipeline.ipynb #ec6978c5
 def run_report(run: Run) -> Path:
     "All of it → report.html. Works at any point of a run."
     from namedmask.report import write_report
     with stage(run, "report", ""): return write_report(run.files, run.device)
 
-# %% ../nbs/20_pipeline.ipynb #03073b4d
+# %% ../nbs/20_pipeline.ipynb #658c4f76
 def run_all(run: Run) -> Run:
     "Every stage that is not done yet, then the report."
     run_retrieval(run)
@@ -357,10 +356,10 @@ def run_all(run: Run) -> Run:
     run_report(run)
     return run
 
-# %% ../nbs/20_pipeline.ipynb #876211b8
+# %% ../nbs/20_pipeline.ipynb #2b0f0a9b
 def run(images: str | Path | None = None, # the folder of photographs
         names=None, # "cat, dog", a text file, or a list
-        out: str | Path = "run", # the run folder
+        out: str | Path | None = None, # the run folder; with a configuration, default: runs/CONFIG
         device: str = "auto", fresh: bool = False, config: str | Path | None = None, # a configuration: its name or its file
         root: str | Path | None = None, # the data root of a configuration
         **settings # fields of `Settings`
@@ -369,11 +368,12 @@ def run(images: str | Path | None = None, # the folder of photographs
     if unknown := set(settings) - set(KINDS): raise UserError(f"There is no setting {', '.join(sorted(unknown))}. The settings are: {', '.join(KINDS)}.")
     if images is not None: settings["images"] = str(Path(images).expanduser().resolve())
     if names is not None: settings["names"] = read_names(names)
-    if config is None and not {"images", "names"} <= settings.keys(): raise UserError("Give photographs (images) and names, or a configuration (config) and its data root (root).")
+    if config is None and (out is None or not {"images", "names"} <= settings.keys()):
+        raise UserError("Give photographs (images), names and a run folder (out), or a configuration (config) and its data root (root).")
     made = Settings(**settings, root=root and str(root)) if config is None else settings_of(config, root, **settings)
-    return run_all(Run(out, made, device, fresh))
+    return run_all(Run(out or Path("runs") / Path(config).stem, made, device, fresh))
 
-# %% ../nbs/20_pipeline.ipynb #9474ddb0
+# %% ../nbs/20_pipeline.ipynb #a08cf8a5
 @patch
 def segmenter(self: Run):
     "The trained network, in eval mode."
@@ -381,7 +381,7 @@ def segmenter(self: Run):
     if not self.files.segmenter.exists(): raise UserError(f"{self.files.root} has no segmenter yet. Go on with: namedmask distill --run {self.files.root}")
     return load_segmenter(self.files.segmenter, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #32613f9c
+# %% ../nbs/20_pipeline.ipynb #6ed64ce4
 @patch
 def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     "Segment one photograph: 0 is background; 1, 2, … are the names in order."
@@ -390,7 +390,7 @@ def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     if not hasattr(self, "_model"): self._model = self.segmenter()
     return predict(self._model, read_photo(photo) if isinstance(photo, (str, Path)) else photo, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #b3c10ef5
+# %% ../nbs/20_pipeline.ipynb #707884d1
 @patch
 def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: int | None = None, keep: bool = True):
     "Score the segmenter on those of a benchmark's names that the run has; `keep` the scores for the report."
@@ -400,7 +400,7 @@ def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: in
     if keep: self.keep_scores(benchmark, scores)
     return scores
 
-# %% ../nbs/20_pipeline.ipynb #8b6b8ebd
+# %% ../nbs/20_pipeline.ipynb #c4005da0
 @patch
 def keep_scores(self: Run, benchmark: str, scores):
     "Note scores in `state.json`, for the report."
@@ -409,18 +409,18 @@ def keep_scores(self: Run, benchmark: str, scores):
         self.state.notes["scores"][benchmark] = scores.to_json()
         write_json(self.files.state, self.state.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #dd723cd6
+# %% ../nbs/20_pipeline.ipynb #7ef4766e
 def default_split(benchmark: str) -> str:
     "The part of a benchmark that it is marked on."
     return "all" if benchmark == "coca" else "val"
 
-# %% ../nbs/20_pipeline.ipynb #17f8dc2d
+# %% ../nbs/20_pipeline.ipynb #9faeda46
 def weights_for(run: str | Path | None, weights: str | Path | None, benchmark, device):
     "The segmenter of a run, or of a file whose classes are the benchmark's."
     from namedmask.deeplab import load_published
     return Run(run, device=device).segmenter() if run is not None else load_published(weights, benchmark.names, device=pick_device(device))
 
-# %% ../nbs/20_pipeline.ipynb #65a87702
+# %% ../nbs/20_pipeline.ipynb #294e59de
 def score_weights(weights: str | Path, # a file, or a published name
                   benchmark: str, root=None, split: str | None = None, limit: int | None = None, device: str = "auto"):
     "Scores of weights from elsewhere. Raises `UserError` where the file, its number of classes or the dataset does not fit."
@@ -428,7 +428,7 @@ def score_weights(weights: str | Path, # a file, or a published name
     from namedmask.weights import find
     return evaluate_published(find(weights), benchmark, root, split or default_split(benchmark), limit, device)
 
-# %% ../nbs/20_pipeline.ipynb #d387f81c
+# %% ../nbs/20_pipeline.ipynb #c1c6ea4a
 def export_for_server(run, weights, benchmark: str, root, split: str, out: Path, device: str = "auto") -> int: # photographs written now
     "Predictions on ImageNet-S in the format of its evaluation server."
     from namedmask.benchmarks import load_benchmark
@@ -438,24 +438,26 @@ def export_for_server(run, weights, benchmark: str, root, split: str, out: Path,
     model = weights_for(run, weights, bench, device)
     return export_predictions(model, bench, out, next(model.parameters()).device)
 
-# %% ../nbs/20_pipeline.ipynb #a66a6c79
+# %% ../nbs/20_pipeline.ipynb #87355f1e
 def names_for(names: str | None, benchmark: str | None, root) -> list[str] | None:
     "The names of a published segmenter's classes: as given, or a benchmark's."
     from namedmask.benchmarks import load_benchmark
     return list(read_names(names)) if names else load_benchmark(benchmark, root, default_split(benchmark)).names if benchmark else None
 
-# %% ../nbs/20_pipeline.ipynb #7ce93bfd
+# %% ../nbs/20_pipeline.ipynb #5c2ce555
 def judge_experts(run: Run, benchmark: str, root=None, split: str = "train", limit: int | None = None # photographs of a name, at most
                   ) -> dict[str, tuple[float | None, int]]: # name → mean binary IoU, photographs; None and 0 where there is none
     "How good each expert is on the labelled photographs that show its name."
-    from namedmask.benchmarks import load_benchmark
+    from namedmask.benchmarks import load_benchmark, match_names
     from namedmask.deeplab import load_segmenter
     from namedmask.experts import judge_expert
-    bench, judged = load_benchmark(benchmark, root, split), {}
-    for name in run.names:
+    bench, judged, showing = load_benchmark(benchmark, root, split), {}, {}
+    for pair in track(bench.pairs, "looking for the names"):           # each label map is read once, not once a name
+        for i in np.unique(pair[1]()): showing.setdefault(int(i), []).append(pair)
+    for name, i in zip(run.names, match_names(run.names, bench.names)):
         file = run.files.experts / f"{slug(name)}.safetensors"
         if not file.exists(): file = run.files.experts / "_warm.safetensors"        # a name with too few photographs has no expert of its own
         if not file.exists(): raise UserError(f'There is no expert of "{name}" yet. Train it with: namedmask experts --run {run.files.root}')
-        try: judged[name] = judge_expert(load_segmenter(file, run.device), bench, name, run.device, limit)
-        except UserError: judged[name] = None, 0
+        pairs = showing.get(i, []) if i else []
+        judged[name] = judge_expert(load_segmenter(file, run.device), replace(bench, pairs=pairs), name, run.device, limit) if pairs else (None, 0)
     return judged
