@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunDir', 'Device', 'polite', 'version', 'common', 'tell_skipped', 'run_command', 'stage_command', 'saliency',
            'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
 
-# %% ../nbs/21_cli.ipynb #bf51b692
+# %% ../nbs/21_cli.ipynb #731d1206
 import functools, logging, os, sys
 from enum import Enum
 from pathlib import Path
@@ -16,9 +16,9 @@ import typer
 from typing_extensions import Annotated
 
 from . import __version__
-from .core import UserError, write_json
+from .core import UsageError, UserError, write_json
 
-# %% ../nbs/21_cli.ipynb #a23c3197
+# %% ../nbs/21_cli.ipynb #4ce6fe06
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
     help="**NamedMask**: category names and unlabelled photographs in, a network that segments and names those things out.\n\n"
          "Start with a folder of photographs and some names:\n\n"
@@ -27,20 +27,20 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
          "`namedmask predict --run runs/pets photos --out masks --format overlay`\n\n"
          "A command that was stopped, or killed, goes on where it was when it is given again.")
 
-# %% ../nbs/21_cli.ipynb #754fa80c
+# %% ../nbs/21_cli.ipynb #cdaa03a1
 def polite(command):
     "Failures as one line and an exit code."
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except UserError as error: message, code = f"Error: {error}", 1
+        except UserError as error: message, code = f"Error: {error}", 2 if isinstance(error, UsageError) else 1
         except KeyboardInterrupt: message, code = "Stopped. The same command goes on from here.", 130
         except OSError as error: message, code = f"Error: {error.filename or ''} {error.strerror or error}".strip(), 1
         typer.echo(message, err=True)
         raise typer.Exit(code)
     return wrapped
 
-# %% ../nbs/21_cli.ipynb #b4b372ba
+# %% ../nbs/21_cli.ipynb #5b97016f
 RunDir = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -59,13 +59,13 @@ def common(
     from namedmask.weights import is_offline
     if is_offline(): os.environ["HF_HUB_OFFLINE"] = "1"
 
-# %% ../nbs/21_cli.ipynb #e90be1ed
+# %% ../nbs/21_cli.ipynb #07be80c7
 def tell_skipped(skipped: list[dict] # of photo and reason
                  ):
     "A line on stderr for each photograph that was passed over; odd characters in its name are written out."
     for s in skipped: typer.echo(f"skipped {s['photo'] if s['photo'].isprintable() else ascii(s['photo'])}: {s['reason']}", err=True)
 
-# %% ../nbs/21_cli.ipynb #b29aafdc
+# %% ../nbs/21_cli.ipynb #0b076d69
 @app.command("run")
 @polite
 def run_command(
@@ -77,23 +77,25 @@ def run_command(
     n_images: Annotated[Optional[int], typer.Option(min=1, help="Photographs of a name, at most. [default: 100 on a CPU, 500 on a GPU]", show_default=False)] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps of the segmenter. [default: 750 on a CPU, 20000 on a GPU]", show_default=False)] = None,
     experts: Annotated[Optional[bool], typer.Option("--experts/--no-experts", help="Refine the masks with an expert for each name, or not. [default: experts]", show_default=False)] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of everything random; the same seed gives the same run. [default: 0]", show_default=False)] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Of everything random; the same seed gives the same run. [default: 0]", show_default=False)] = None,
     config: Annotated[Optional[str], typer.Option(help="A row of the paper's tables, such as voc2012 or coca_no_experts, or a YAML file of settings.", show_default=False)] = None,
     root: Annotated[Optional[Path], typer.Option(help="With --config: the data root, with ImageNet2012/train and the benchmark.", show_default=False)] = None,
-    set: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as --set crop=320; may be given several times.", show_default=False)] = None,
+    set: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, by its name in the run's config.yaml, such as --set crop=320; may be given several times.", show_default=False)] = None,
     device: Device = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what other settings made in this folder.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what is in the run folder, and start anew.")] = False,
 ):
     "Train a segmenter: retrieval, saliency, experts, distillation, report."
     from namedmask.config import parse_overrides
     from namedmask.pipeline import run
     if config is None and None in (images, names, out): raise typer.BadParameter("give --images, --names and --out, or --config and --root")
+    overrides = parse_overrides(set or [])
+    if own := [k for k in overrides if k in ("images", "names", "out", "root", "config", "device", "fresh")]: raise typer.BadParameter(f"give {own[0]} with --{own[0]}, not with --set")
     given = dict(stack=stack, n_images=n_images, steps=steps, experts=experts, seed=seed)
-    settings = parse_overrides(set or []) | {k: v for k, v in given.items() if v is not None}
+    settings = overrides | {k: v for k, v in given.items() if v is not None}
     done = run(images, names, out, device, fresh, config, root, **settings)
     typer.echo(f"Segmenter: {done.files.segmenter}\nReport:    {done.files.report}")
 
-# %% ../nbs/21_cli.ipynb #6dcfb5a5
+# %% ../nbs/21_cli.ipynb #1b9fd396
 def stage_command(name: str, function: str, text: str):
     "A command that runs one stage of a run folder."
     def command(run: RunDir, device: Device = "auto"):
@@ -107,7 +109,7 @@ for args in [("retrieve", "run_retrieval", "First stage: which photographs show 
              ("distill", "run_distill", "Fourth stage: train the segmenter on the masks, by copy-paste."),
              ("report", "run_report", "Write report.html, of a finished run or of one under way.")]: stage_command(*args)
 
-# %% ../nbs/21_cli.ipynb #918eca58
+# %% ../nbs/21_cli.ipynb #4259f6c2
 @app.command()
 @polite
 def saliency(
@@ -131,7 +133,7 @@ def saliency(
     tell_skipped(skipped)
     typer.echo(f"Masks: {out}" + (f" ({len(skipped)} files skipped)" if skipped else ""))
 
-# %% ../nbs/21_cli.ipynb #9ddd850f
+# %% ../nbs/21_cli.ipynb #7518e053
 @app.command()
 @polite
 def experts(
@@ -153,7 +155,7 @@ def experts(
     for name, (iou, n) in judged.items(): typer.echo(f"{name:24} {'no photograph' if iou is None else f'{100 * iou:5.1f}  over {n} photographs'}")
     if json: write_json(json, {name: iou for name, (iou, _) in judged.items()}, indent=1)
 
-# %% ../nbs/21_cli.ipynb #a7b14182
+# %% ../nbs/21_cli.ipynb #67e5e458
 class Format(str, Enum):
     "What `predict` writes."
     png = "png"
@@ -161,7 +163,7 @@ class Format(str, Enum):
     coco = "coco"
     npz = "npz"
 
-# %% ../nbs/21_cli.ipynb #19bbb2b1
+# %% ../nbs/21_cli.ipynb #7525c999
 @app.command()
 @polite
 def predict(
@@ -180,7 +182,7 @@ def predict(
     typer.echo(f"{len(result.done)} photographs segmented in {out}" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
     if result.skipped and not result.done: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #2f2cec46
+# %% ../nbs/21_cli.ipynb #202a0dc6
 @app.command()
 @polite
 def evaluate(
@@ -196,19 +198,20 @@ def evaluate(
 ):
     "Score a trained run, or given weights, on a benchmark with labels."
     if (run is None) == (weights is None): raise typer.BadParameter("give --run or --weights")
+    if export is not None and json is not None: raise typer.BadParameter("--export writes predictions and no scores, so it goes without --json")
     from rich.console import Console
     from namedmask.pipeline import Run, default_split, score_weights
     split = split or default_split(benchmark)
     if export is not None:
         from namedmask.pipeline import export_for_server
-        return typer.echo(f"{export_for_server(run, weights, benchmark, root, split, export, device)} predictions in {export}")
+        return typer.echo(f"{export_for_server(run, weights, benchmark, root, split, export, device, limit)} predictions in {export}")
     from namedmask.evaluate import beside_paper, score_table
     scores = Run(run, device=device).evaluate(benchmark, root, split, limit) if run else score_weights(weights, benchmark, root, split, limit, device)
     Console().print(score_table(scores, benchmark))
     if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {limit} photographs' if limit else ''}"))
     if json: write_json(json, scores.to_json(), indent=1)
 
-# %% ../nbs/21_cli.ipynb #12f16943
+# %% ../nbs/21_cli.ipynb #2fa916da
 @app.command()
 @polite
 def download(
@@ -222,7 +225,7 @@ def download(
         return Console().print(downloads_table())
     for name, path in download(what, offline=offline).items(): typer.echo(f"{name}: {path}")
 
-# %% ../nbs/21_cli.ipynb #34670720
+# %% ../nbs/21_cli.ipynb #0a83943e
 @app.command()
 @polite
 def convert(
@@ -238,7 +241,7 @@ def convert(
     convert(source, target, names_for(names, benchmark, root))
     typer.echo(target)
 
-# %% ../nbs/21_cli.ipynb #ad67b9ce
+# %% ../nbs/21_cli.ipynb #fbbe4a8f
 @app.command()
 @polite
 def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"), device: Device = "auto"):
@@ -253,7 +256,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs
     run_report(done)
     typer.echo(f"Report: {done.files.report.resolve()}")
 
-# %% ../nbs/21_cli.ipynb #acd8d423
+# %% ../nbs/21_cli.ipynb #6343e93f
 def main(args: list[str] | None = None):
     "The command line. Leaves with 0, 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'PAPER', 'confusion', 'Scores', 'scores_of', 'to_input', 'whole_logits', 'contenders', 'largest',
-           'view_opinion', 'label_maps', 'ahead', 'by_size', 'spread', 'evaluate', 'score_table', 'plot_confusion',
-           'plot_iou', 'beside_paper', 'evaluate_published', 'export_predictions']
+           'to_edges', 'view_opinion', 'label_maps', 'ahead', 'by_size', 'spread', 'evaluate', 'score_table',
+           'plot_confusion', 'plot_iou', 'beside_paper', 'evaluate_published', 'export_predictions']
 
-# %% ../nbs/13_evaluate.ipynb #dca292d5
+# %% ../nbs/13_evaluate.ipynb #02951e6d
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,11 +22,12 @@ from PIL import Image
 from rich.table import Table
 
 from .core import UserError, pick_device, read_json, read_photo, to_rgb, track, write_atomic, write_json
+from .bilateral import bilateral_solve_batch
 from .benchmarks import MERGED, Benchmark, join_ids, load_benchmark, match_names
 from .deeplab import DeepLabV3Plus, load_published, load_segmenter, normalise
 from .viz import palette
 
-# %% ../nbs/13_evaluate.ipynb #25e7198d
+# %% ../nbs/13_evaluate.ipynb #0c286139
 def _count(labels, predictions, n):
     "`confusion` of predictions that are known to be in 0..n-1."
     labels, predictions = labels.flatten().int(), predictions.flatten().int()
@@ -44,10 +45,10 @@ def confusion(
     if least < 0 or most >= n_classes: raise ValueError(f'predictions of {least} to {most} for {n_classes} classes')
     return _count(labels, predictions, n_classes)
 
-# %% ../nbs/13_evaluate.ipynb #7fc9bd70
+# %% ../nbs/13_evaluate.ipynb #e28f727c
 @dataclass(frozen=True)
 class Scores:
-    "The scores of SPEC section 5 with the confusion matrix they were read off; undefined ones are None."
+    "The five scores of the literature, with the confusion matrix they were read off; undefined ones are None."
     miou: float|None                   # mean IoU over classes that occur or are predicted
     miou_present: float|None           # mean IoU over classes that occur in the labels
     pixel_accuracy: float|None         # share of pixels that are right
@@ -57,7 +58,7 @@ class Scores:
     confusion: np.ndarray              # (C, C) int64, rows truth, columns prediction, background first
     def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion'}
 
-# %% ../nbs/13_evaluate.ipynb #a5c48025
+# %% ../nbs/13_evaluate.ipynb #4b4fa40a
 def scores_of(
     matrix:np.ndarray|torch.Tensor, # (C, C) confusion matrix, rows truth
     names:list[str], # of the C-1 classes after the background
@@ -74,7 +75,7 @@ def scores_of(
                   mean_accuracy=mean(accuracy), frequency_weighted_iou=mean(iou[occurs], weights),
                   iou={n: float(v) if s else None for n, v, s in zip(['background', *names], iou, scored)}, confusion=m)
 
-# %% ../nbs/13_evaluate.ipynb #3c26eb6f
+# %% ../nbs/13_evaluate.ipynb #74fc427f
 def to_input(
     photo:Image.Image, # RGB
     model:torch.nn.Module, # its `mean` and `std` are used
@@ -84,7 +85,7 @@ def to_input(
     pixels = torch.from_numpy(np.array(photo)).to(device).permute(2, 0, 1)[None]
     return normalise(pixels, model.mean, model.std)
 
-# %% ../nbs/13_evaluate.ipynb #9316a9d4
+# %% ../nbs/13_evaluate.ipynb #9c45e612
 MIN_SIDE = 32
 
 def _continued(x):
@@ -101,7 +102,7 @@ def whole_logits(
     "The logits of one photograph at its own size, in one piece."
     return model(_continued(to_input(photo, model, device)))[0, :, :photo.height, :photo.width].float()
 
-# %% ../nbs/13_evaluate.ipynb #374931ac
+# %% ../nbs/13_evaluate.ipynb #8a94e401
 def contenders(
     logits:torch.Tensor, # (C, h, w), to be enlarged bilinearly
 )->torch.Tensor: # (K,) the classes that can win somewhere in the enlarged map, rising; few classes too many, never one too few
@@ -113,7 +114,7 @@ def contenders(
     lowest = -F.max_pool2d(F.pad(-bar[None, None], (1, 0, 1, 0), value=-torch.inf), 2, stride=1)[0, 0] # a corner's four cells
     return (~(logits < lowest - 1e-5*top.abs().max())).flatten(1).any(1).nonzero().flatten()          # some slack for rounding
 
-# %% ../nbs/13_evaluate.ipynb #502d9c56
+# %% ../nbs/13_evaluate.ipynb #0ddda495
 def largest(
     logits:torch.Tensor, # (C, h, w)
     size:tuple[int, int], # (H, W) to enlarge to
@@ -131,7 +132,22 @@ def largest(
             best, labels = torch.where(better, top, best), torch.where(better, part[which], labels)
     return labels
 
-# %% ../nbs/13_evaluate.ipynb #2c5e1c59
+# %% ../nbs/13_evaluate.ipynb #eb7e5f36
+def to_edges(
+    opinion:torch.Tensor, # (C, h, w) float32 probabilities
+    photo:Image.Image,    # RGB
+    lam:float,            # λ of the bilateral solver
+)->torch.Tensor: # (C, h, w) float32, no longer quite probabilities
+    "An opinion drawn to the photograph's edges, class by class. A class that nowhere reaches a tenth stays as it is."
+    h, w = opinion.shape[-2:]
+    pixels = np.asarray(photo if photo.size == (w, h) else photo.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3))
+    some = (opinion.flatten(1).amax(1) > 0.1).nonzero().flatten().tolist()
+    drawn = opinion.clone()
+    for i, x in zip(some, bilateral_solve_batch([pixels]*len(some), [opinion[i].cpu().numpy() for i in some], lam, device=opinion.device)):
+        drawn[i] = torch.from_numpy(x)
+    return drawn
+
+# %% ../nbs/13_evaluate.ipynb #25e99389
 @torch.inference_mode()
 def view_opinion(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -139,13 +155,14 @@ def view_opinion(
     views:Iterable[int],   # longest sides, in pixels
     device:torch.device|str='cpu',
 )->torch.Tensor: # (C, h, w) float32 probabilities, at the size of the largest view
-    "The mean opinion on a photograph that is looked at in several sizes."
+    "The mean opinion on a photograph that is looked at in several sizes, drawn to its edges if the model has `edges`."
     sizes = [tuple(max(1, round(n*v/max(photo.size))) for n in photo.size) for v in sorted(views)]
     w, h = sizes[-1]
     seen = [whole_logits(model, photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=3), device).softmax(0)[None] for size in sizes]
-    return torch.stack([F.interpolate(p, size=(h, w), mode='bilinear', align_corners=False)[0] for p in seen]).mean(0)
+    mean = torch.stack([F.interpolate(p, size=(h, w), mode='bilinear', align_corners=False)[0] for p in seen]).mean(0)
+    return to_edges(mean, photo, model.edges) if getattr(model, 'edges', None) else mean
 
-# %% ../nbs/13_evaluate.ipynb #2ec26370
+# %% ../nbs/13_evaluate.ipynb #a95ef7d2
 @torch.inference_mode()
 def label_maps(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -159,7 +176,7 @@ def label_maps(
     (w, h), size = photos[0].size, x.shape[-2:]
     return torch.stack([largest(l, size)[:h, :w] for l in logits.float().contiguous()])
 
-# %% ../nbs/13_evaluate.ipynb #2a6650d9
+# %% ../nbs/13_evaluate.ipynb #abbd18c9
 def ahead(
     f:Callable, items:Iterable, # `f(item)` is wanted for each item, in order
     workers:int=2, # threads; at most twice as many results wait
@@ -174,7 +191,7 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/13_evaluate.ipynb #a90fb55d
+# %% ../nbs/13_evaluate.ipynb #d2d375b2
 def _stored(path, size=None):
     "A photograph as its pixels are stored, or upright where only that has `size`, (width, height)."
     upright = read_photo(path)
@@ -194,7 +211,7 @@ def _photo_and_labels(pair):
         raise UserError(f'{path} is {size} pixels, but its label map is {of_labels}. Get the benchmark afresh.')
     return photo, torch.from_numpy(truth.astype(np.int32) if truth.dtype == np.uint16 else truth)
 
-# %% ../nbs/13_evaluate.ipynb #c4e64b85
+# %% ../nbs/13_evaluate.ipynb #1d4d819b
 def by_size(
     items:Iterable[tuple], # each begins with a photograph
     bs:int, # at most so many together
@@ -213,7 +230,7 @@ def by_size(
         yield groups.pop(size)
     yield from groups.values()
 
-# %% ../nbs/13_evaluate.ipynb #e3214895
+# %% ../nbs/13_evaluate.ipynb #e00c9e3c
 def _id_table(model, benchmark, device):
     "(1 + names of the model,) int64: the model's id → the benchmark's, 0 where it has none."
     ids = match_names(model.names, benchmark.names)
@@ -222,7 +239,7 @@ def _id_table(model, benchmark, device):
 
 def _batch(device): return 8 if torch.device(device).type == 'cuda' else 1
 
-# %% ../nbs/13_evaluate.ipynb #281a6b13
+# %% ../nbs/13_evaluate.ipynb #44882bfe
 def spread(
     pairs:list,
     limit:int|None, # None = all
@@ -230,7 +247,7 @@ def spread(
     "Evenly taken items."
     return [pairs[i*len(pairs)//limit] for i in range(limit)] if limit and limit < len(pairs) else pairs
 
-# %% ../nbs/13_evaluate.ipynb #460b0ce9
+# %% ../nbs/13_evaluate.ipynb #79e95891
 def evaluate(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark,   # restricted to the model's names, or whole
@@ -253,7 +270,7 @@ def evaluate(
     finally: model.train(was_training)
     return scores_of(matrix, benchmark.names)
 
-# %% ../nbs/13_evaluate.ipynb #c79a8b5c
+# %% ../nbs/13_evaluate.ipynb #1f7b9965
 def score_table(
     scores:Scores,
     title:str='', # above the table
@@ -268,7 +285,7 @@ def score_table(
         if key != 'iou': table.add_row(key.replace('_', ' ').replace('miou', 'mean IoU'), '' if v is None else f'{100*v:.1f}', '')
     return table
 
-# %% ../nbs/13_evaluate.ipynb #4f015441
+# %% ../nbs/13_evaluate.ipynb #ec759d01
 def plot_confusion(
     scores:Scores,
     most:int=24, # draw no more classes than this
@@ -289,7 +306,7 @@ def plot_confusion(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #9739c7bc
+# %% ../nbs/13_evaluate.ipynb #aca04496
 def plot_iou(
     scores:Scores,
     most:int=40, # draw no more classes than this, the best
@@ -307,7 +324,7 @@ def plot_iou(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #56914eca
+# %% ../nbs/13_evaluate.ipynb #142d4c6c
 PAPER = dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None), imagenet_s300=(33.1, None),
              imagenet_s919=(23.1, None), voc2012=(59.3, 89.2))
 "Benchmark → (mean IoU %, pixel accuracy %) of the published segmenters (arXiv 2209.11228)."
@@ -327,7 +344,7 @@ def beside_paper(
     if benchmark.startswith('imagenet_s'): table.caption = "the paper's figure is of the test part"
     return table
 
-# %% ../nbs/13_evaluate.ipynb #7350dce5
+# %% ../nbs/13_evaluate.ipynb #d7da5f73
 def evaluate_published(
     weights:str|Path, # a published .pt file, or a .safetensors file of ours
     benchmark:str, # a name that `load_benchmark` knows
@@ -343,10 +360,10 @@ def evaluate_published(
     else: model = load_published(weights, bench.names)
     return evaluate(model.to(device).eval(), bench, device, limit, progress)
 
-# %% ../nbs/13_evaluate.ipynb #c2875d3d
+# %% ../nbs/13_evaluate.ipynb #d4a486d6
 def _fingerprint(model):
-    "A hash of a segmenter's names and weights."
-    h = hashlib.sha256(repr(list(model.names)).encode())
+    "A hash of a segmenter's names, weights and ways of looking."
+    h = hashlib.sha256(repr((list(model.names), getattr(model, 'views', ()), getattr(model, 'edges', None))).encode())
     for name, t in model.state_dict().items():
         h.update(name.encode()); h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
@@ -361,7 +378,7 @@ def _claim(out, made_by):
         raise UserError(f'{out} is not empty, and nothing tells whose predictions it holds. Choose another folder.')
     write_json(record, made_by)
 
-# %% ../nbs/13_evaluate.ipynb #427c50e8
+# %% ../nbs/13_evaluate.ipynb #17bd81b6
 def export_predictions(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark, # of ImageNet-S, any part of it; its label files are not looked at

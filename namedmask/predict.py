@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'endings', 'cuts', 'tile_size', 'max_tile', 'taper', 'opin
            'shorten', 'legend', 'overlay_image', 'coco_objects', 'free_name', 'gather', 'write_prediction', 'model_key',
            'Journal', 'journal', 'coco_file', 'write_coco', 'to_do', 'Predicted', 'predict_many']
 
-# %% ../nbs/17_predict.ipynb #542cc28d
+# %% ../nbs/17_predict.ipynb #a2113d7b
 import hashlib, json, math, shutil
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from .core import (BadPhoto, UserError, append_jsonl, encode_rle, list_photos, locked, read_jsonl, read_photo, track,
+from .core import (BadPhoto, UserError, append_jsonl, encode_rle, fitting, list_photos, locked, read_jsonl, read_photo, sweep, track,
                             write_atomic, write_json)
 from .evaluate import ahead, label_maps, whole_logits
 from .retrieval import signature
 from .viz import overlay, palette, readable, text_width, write_text
 
-# %% ../nbs/17_predict.ipynb #761e2ddc
+# %% ../nbs/17_predict.ipynb #fcaecbd0
 def cuts(
     length:int, # of one side of the photograph, in pixels
     tile:int,   # of the tile's side
@@ -37,7 +37,7 @@ def cuts(
     starts = [i*(length - tile)//(n - 1)//32*32 for i in range(n)]
     return [(s, s + tile) for s in starts[:-1]] + [(starts[-1], length)]
 
-# %% ../nbs/17_predict.ipynb #27f640ab
+# %% ../nbs/17_predict.ipynb #36e8d7cc
 def tile_size(
     height:int, width:int, # of the photograph
     max_pixels:int, # of a tile, more or less
@@ -52,7 +52,7 @@ def max_tile(n_classes:int)->int: # pixels
     "Pixels of a tile such that its logits stay below a gigabyte."
     return min(1_500_000, 2**28 // n_classes)
 
-# %% ../nbs/17_predict.ipynb #8b3c1d2e
+# %% ../nbs/17_predict.ipynb #bb60f13d
 def taper(
     start:int, stop:int, # of the tile
     length:int, # of the photograph's side
@@ -65,7 +65,7 @@ def taper(
     if stop < length: weight = np.minimum(weight, ramp[::-1])
     return weight
 
-# %% ../nbs/17_predict.ipynb #0327810b
+# %% ../nbs/17_predict.ipynb #f7aea30a
 @torch.inference_mode()
 def opinion(
     model:torch.nn.Module, # a segmenter in eval mode
@@ -77,15 +77,15 @@ def opinion(
     best, ids = logits.max(0)
     return (best - logits.logsumexp(0)).exp().cpu().numpy(), ids.to(torch.int16).cpu().numpy()
 
-# %% ../nbs/17_predict.ipynb #213a3076
+# %% ../nbs/17_predict.ipynb #93212c67
 LARGEST = 4096 # longest side of a label map that is drawn from opinions; a larger one repeats its pixels
 
 def predict_views(
-    model:torch.nn.Module, # a segmenter with `views`, in eval mode
+    model:torch.nn.Module, # a segmenter with `views`, and perhaps `edges`, in eval mode
     photo:Image.Image,     # RGB, any size
     device:torch.device|str='cpu',
 )->np.ndarray: # (H, W) int64 label map
-    "The label map of a photograph that is looked at in the model's own sizes."
+    "The label map of a photograph that is looked at in the model's own sizes, and drawn to its edges if the model has `edges`."
     scale = LARGEST / max(photo.size)
     if scale >= 1: return label_maps(model, [photo], device)[0].cpu().numpy()
     small = photo.resize([max(1, round(n*scale)) for n in photo.size], Image.Resampling.BICUBIC, reducing_gap=2)
@@ -93,7 +93,7 @@ def predict_views(
     rows, columns = ((np.arange(n)*m)//n for n, m in zip(photo.size[::-1], labels.shape))
     return labels[rows[:, None], columns]
 
-# %% ../nbs/17_predict.ipynb #d987ded8
+# %% ../nbs/17_predict.ipynb #d2ebf52c
 def predict(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     photo:Image.Image,     # RGB, any size from 1×1
@@ -120,7 +120,7 @@ def predict(
     finally: model.train(was_training)
     return labels
 
-# %% ../nbs/17_predict.ipynb #483b0c39
+# %% ../nbs/17_predict.ipynb #17b20075
 def label_image(
     labels:np.ndarray, # (H, W) uint8 or uint16
 )->Image.Image: # mode P with VOC's palette, or I;16
@@ -129,7 +129,7 @@ def label_image(
     if labels.dtype == np.uint8: im.putpalette(palette(256).tobytes())
     return im
 
-# %% ../nbs/17_predict.ipynb #be01f7d6
+# %% ../nbs/17_predict.ipynb #5131492c
 def shorten(
     name:str, width:float, # in pixels
     size:int, # of the letters
@@ -141,7 +141,7 @@ def shorten(
     while high - low > 1: low, high = ((low + high)//2, high) if fits((low + high)//2) else (low, (low + high)//2)
     return name[:low].rstrip() + '…'
 
-# %% ../nbs/17_predict.ipynb #a62f0079
+# %% ../nbs/17_predict.ipynb #1796ef7b
 def legend(
     entries:list[tuple[str, tuple[int, int, int]]], # name and colour
     width:int, # of the strip, in pixels
@@ -160,7 +160,7 @@ def legend(
         x = end + gap
     return strip.crop((0, 0, width, y + size + gap))
 
-# %% ../nbs/17_predict.ipynb #63f91a5f
+# %% ../nbs/17_predict.ipynb #a45840d6
 def overlay_image(
     photo:Image.Image,  # RGB
     labels:np.ndarray,  # (H, W)
@@ -181,7 +181,7 @@ def overlay_image(
     canvas.paste(picture, ((strip.width - w)//2, 0)); canvas.paste(strip, (0, h))
     return canvas
 
-# %% ../nbs/17_predict.ipynb #2c43e4f7
+# %% ../nbs/17_predict.ipynb #f2ca39ed
 def coco_objects(
     labels:np.ndarray, # (H, W) label map
     image_id:int,
@@ -192,7 +192,7 @@ def coco_objects(
     return [dict(id=first_id+k, image_id=image_id, category_id=i, segmentation=rle, iscrowd=0,
                  bbox=coco_mask.toBbox(rle).tolist(), area=int(coco_mask.area(rle))) for k, (i, rle) in enumerate(found)]
 
-# %% ../nbs/17_predict.ipynb #9424c4aa
+# %% ../nbs/17_predict.ipynb #c87f18ff
 def free_name(
     photo:str, root:Path, # a relative name and the folder it is relative to
     taken:Iterable[str],  # names that others have
@@ -202,7 +202,7 @@ def free_name(
     while photo in taken: photo = f'_{photo}'
     return photo
 
-# %% ../nbs/17_predict.ipynb #2adc5a44
+# %% ../nbs/17_predict.ipynb #87a6bf5b
 def gather(
     inputs:Iterable[str|Path]|str|Path, # photographs and folders
     out:str|Path, # results go here; what is in it is no input
@@ -224,7 +224,7 @@ def gather(
     if not taken: raise UserError(f"No photographs in {', '.join(map(str, inputs))}.")
     return [(path, name) for name, path in taken.items()], skipped
 
-# %% ../nbs/17_predict.ipynb #812d6a39
+# %% ../nbs/17_predict.ipynb #b8f289c6
 endings = dict(png='.png', overlay='.overlay.jpg', npz='.npz')
 
 def write_prediction(
@@ -240,18 +240,19 @@ def write_prediction(
         elif format == 'npz': np.savez_compressed(f, labels=labels, names=np.array(['background', *names]))
         else: raise ValueError(f'no format {format!r}')
 
-# %% ../nbs/17_predict.ipynb #7c2969ec
+# %% ../nbs/17_predict.ipynb #b4ab131b
 def model_key(
     model:torch.nn.Module, # a segmenter
 )->str: # 16 characters
-    "What tells one segmenter from another: its weights, names and preprocessing."
-    h = hashlib.sha256(json.dumps([list(model.names), *(list(map(float, v)) for v in (model.mean, model.std))]).encode())
+    "What tells one segmenter from another: its weights, names, preprocessing and views."
+    looks = list(getattr(model, 'views', ())), getattr(model, 'edges', None)
+    h = hashlib.sha256(json.dumps([list(model.names), *(list(map(float, v)) for v in (model.mean, model.std)), looks]).encode())
     for name, t in model.state_dict().items():
         h.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
         h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/17_predict.ipynb #3ddd3c01
+# %% ../nbs/17_predict.ipynb #12c71dda
 class Journal:
     "What a job has done so far: `rows`, photograph → what was noted of it."
     def __init__(self,
@@ -272,7 +273,7 @@ class Journal:
 
     def has(self, photo:str, key:str)->bool: return self.rows.get(photo, {}).get('key') == key
 
-# %% ../nbs/17_predict.ipynb #3aae15a8
+# %% ../nbs/17_predict.ipynb #2537085a
 @contextmanager
 def journal(
     folder:str|Path, # hidden, beside the results
@@ -284,7 +285,7 @@ def journal(
         finally:
             if notes.finished or not notes.rows: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/17_predict.ipynb #97cffaf2
+# %% ../nbs/17_predict.ipynb #959d1fa1
 def coco_file(
     names:list[str],  # of the ids 1, 2, ...
     rows:list[dict],  # of each photograph: `photo`, `width`, `height` and its `objects`
@@ -297,12 +298,12 @@ def coco_file(
     categories = [dict(id=i, name=n) for i, n in enumerate(names, 1)]
     return dict(info=dict(description='predicted by NamedMask'), images=images, annotations=annotations, categories=categories)
 
-# %% ../nbs/17_predict.ipynb #e5a033b5
+# %% ../nbs/17_predict.ipynb #c59cd36b
 def write_coco(path:str|Path, coco:dict):
     "Write a COCO file, atomically."
     with write_atomic(path) as tmp: tmp.write_text(json.dumps(coco), encoding='ascii')
 
-# %% ../nbs/17_predict.ipynb #4450805a
+# %% ../nbs/17_predict.ipynb #a2683c2a
 def to_do(
     found:list[tuple[Path, str]], # photographs and their names
     notes:Journal, job:str, # what a note of this job is valid for
@@ -318,14 +319,14 @@ def to_do(
         except BadPhoto as bad: return name, key, bad
     return ahead(read, found, workers=1)
 
-# %% ../nbs/17_predict.ipynb #3456c94c
+# %% ../nbs/17_predict.ipynb #4f3fffea
 @dataclass
 class Predicted:
     "What `predict_many` did."
     done: list[str] = field(default_factory=list)     # names of the photographs, relative to their inputs
     skipped: list[dict] = field(default_factory=list) # photo and reason
 
-# %% ../nbs/17_predict.ipynb #8c1e5f0a
+# %% ../nbs/17_predict.ipynb #6fd05a8b
 def predict_many(
     model:torch.nn.Module, # a segmenter
     photos:Iterable[str|Path]|str|Path, # photographs and folders
@@ -341,9 +342,10 @@ def predict_many(
     if Path(out).expanduser().is_file(): raise UserError(f'{out} is a file. Give a folder for the results.')
     found, skipped = gather(photos, out)
     out, result = Path(out).expanduser(), Predicted(skipped=skipped)
-    target = lambda name: out/(name + endings[format]) if format != 'coco' else out
+    target = lambda name: out/fitting(name, endings[format]) if format != 'coco' else out
     if format == 'png': write_json(out/'names.json', ['background', *model.names], indent=1)
     with journal(out/f'.predicting-{format}') as notes:
+        sweep(out)
         read = to_do(found, notes, model_key(model), target, max_pixels)
         for name, key, photo in progress(read, 'predicting', total=len(found)) if progress else read:
             if isinstance(photo, BadPhoto): result.skipped.append(dict(photo=name, reason=photo.reason)); continue

@@ -2,6 +2,7 @@
 import shutil, subprocess, sys
 
 import pytest, yaml
+from dataclasses import replace
 
 from namedmask.cli import app
 from namedmask.config import (CONFIGS, Settings, config_names, load_config, make_settings, parse_overrides, read_config, resolve, settings_of,
@@ -22,7 +23,7 @@ def test_a_row_has_the_papers_hyperparameters(row):
         s = resolve(make_settings(load_config(name)), "cpu")
         assert (s.stack, s.n_images, s.experts, s.arch, s.backbone) == ("paper", 500, experts, "resnet50", "dino_resnet50")
         assert (s.steps, s.crop, s.bs, s.lr, s.backbone_lr, s.scale, s.max_n_masks, s.jitter, s.eval_every) == (20_000, 384, 16, 5e-4, 5e-5, (0.1, 1.0), 2, 1.0, 1000)
-        assert (s.expert_steps, s.expert_bs, s.warm_steps, s.negatives, s.background) == (5000, 8, 0, 0, 1)
+        assert (s.expert_steps, s.expert_bs, s.warm_steps, s.negatives, s.background, s.views, s.edges) == (5000, 8, 0, 0, 1, None, None)
         assert s.ignore == (1000 if row.startswith("imagenet") else 255) and s.benchmark == row
 
 
@@ -86,13 +87,26 @@ def test_the_files_are_part_of_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("args, code, says", [
-    (["run", "--config", "nothing", "--root", ".", "--out", "r"], 1, "no configuration"),
+    (["run", "--config", "nothing", "--root", ".", "--out", "r"], 2, "no configuration"),
     (["run", "--config", "voc2012", "--root", "nowhere", "--out", "r"], 1, "voc2012 is not complete"),
-    (["run", "--config", "coca", "--root", "nowhere", "--names", "cat", "--set", "stepz=3", "--out", "r"], 1, "no setting stepz"),
+    (["run", "--config", "coca", "--root", "nowhere", "--names", "cat", "--set", "stepz=3", "--out", "r"], 2, "no setting stepz"),
     (["run", "--config", "coca", "--root", "nowhere", "--names", "cat", "--out", "r"], 1, "no folder of photographs"),
     (["run", "--out", "r"], 2, "--config"),
-    (["run", "--images", ".", "--names", "cat", "--stack", "papre", "--out", "r"], 1, "no stack")])
+    (["run", "--images", ".", "--names", "cat", "--stack", "papre", "--out", "r"], 2, "no stack")])
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, args, code, says):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, args)
     assert result.exit_code == code and says in " ".join(result.output.split()), result.output
+
+
+def test_a_file_that_is_its_own_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b\n")
+    (tmp_path / "b.yaml").write_text("base: a\n")
+    with pytest.raises(UserError, match="own base"): load_config(tmp_path / "a.yaml")
+
+
+def test_a_setting_that_an_older_run_does_not_know_makes_it_no_other(tmp_path):
+    from namedmask.pipeline import digest, wishes
+    s = resolve(Settings(images="photos", names={"a": ["a"], "b": ["b"]}), "cpu")
+    assert digest(wishes(s)) == digest({k: v for k, v in wishes(s).items()}) != digest(wishes(replace(s, names={"b": ["b"], "a": ["a"]})))
+    assert "encoder" not in wishes(s) and s.encoder is None

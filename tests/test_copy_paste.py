@@ -90,10 +90,22 @@ def test_colour_probabilities():
 
 
 def test_names_first_then_photographs(items):
-    ds = CopyPaste(items, Augment(crop=32, **STILL), length=1)
+    few = [it for it in items if it.label == 1][:1] + [it for it in items if it.label != 1]
+    ds = CopyPaste(few, Augment(crop=32, by_name=True, **STILL), length=1)
     rng = np.random.default_rng(0)
-    seen = [ds.draw(ds.names, rng)[2] for _ in range(1500)]
+    seen = [ds.draw(ds.pools, rng)[2] for _ in range(1500)]
     assert evenly(np.bincount(seen)[1:])
+    ds = CopyPaste(few, Augment(crop=32, **STILL), length=1)                 # the paper: any item, so that a name counts as often as it has photographs
+    seen = np.bincount([ds.draw(ds.pools, rng)[2] for _ in range(2000)], minlength=4)[1:] / 2000
+    assert np.abs(seen - np.bincount([it.label for it in few])[1:] / len(few)).max() < .04
+
+
+def test_an_empty_mask_is_a_sample_of_background(items):
+    it = items[0]
+    write_mask(it.mask, np.zeros((60, 80), bool))
+    (_, labels), = CopyPaste([it], Augment(crop=32, max_n_masks=1, **STILL))
+    assert set(labels.unique().tolist()) <= {0, 255}
+    with pytest.raises(UserError, match="is empty"): list(CopyPaste([it], Augment(crop=32, empty=False, **STILL)))
 
 
 def test_one_to_max_things(items):
@@ -230,14 +242,14 @@ def test_things_that_break_midway(items, tmp_path, caplog):
     bad[2].mask.unlink()
     write_mask(bad[3].mask, np.ones((5, 5), bool))
     write_mask(bad[4].mask, np.zeros((60, 80), bool))
-    ds = CopyPaste(items, Augment(crop=32), length=80)
+    ds = CopyPaste(items, Augment(crop=32, empty=False), length=80)
     with caplog.at_level(logging.WARNING): samples = list(ds)
     assert {int(v) for _, l in samples for v in l.unique()} <= {0, 1, 3, 255}
     assert set(ds.bad) == set(bad) and len(caplog.records) == 5           # each once
-    again = CopyPaste(items, Augment(crop=32), length=80)
+    again = CopyPaste(items, Augment(crop=32, empty=False), length=80)
     assert all(torch.equal(a[0], again[i][0]) for i, a in reversed(list(enumerate(samples))))
     for it in good: it.photo.unlink()
-    with pytest.raises(UserError, match="None of the 8 photographs"): list(CopyPaste(items, Augment(crop=32)))
+    with pytest.raises(UserError, match="None of the 8 photographs"): list(CopyPaste(items, Augment(crop=32, empty=False)))
 
 
 def test_nothing_to_train_on(tmp_path):

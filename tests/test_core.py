@@ -8,7 +8,7 @@ from PIL import Image
 
 from namedmask import core
 from namedmask.core import (BadPhoto, RunFolder, UserError, append_jsonl, cache_home, decode_rle, encode_rle, list_photos, locked, mask_file,
-                            pick_device, read_archive, read_json, read_jsonl, read_mask, read_names, read_photo, slug, write_archive, write_atomic,
+                            pick_device, read_archive, read_json, read_jsonl, read_mask, read_names, read_photo, slug, sweep, write_archive, write_atomic,
                             write_json, write_mask)
 
 
@@ -343,7 +343,7 @@ def test_the_sweep_takes_litter_alone(tmp_path):
     for p in (".writing-a.tmp", "masks/saliency/.writing-b.tmp", "masks/a.jpg.json", ".lock", "writing-c.tmp"):
         (tmp_path / p).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / p).touch()
-    RunFolder(tmp_path).sweep()
+    sweep(tmp_path)
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"a.jpg.json", ".lock", "writing-c.tmp"}
 
 
@@ -462,3 +462,24 @@ def test_the_cache_can_be_moved(tmp_path, monkeypatch):
     assert cache_home() == tmp_path
     monkeypatch.setenv("NAMEDMASK_HOME", "")
     assert cache_home() == Path.home() / ".cache" / "namedmask"
+
+
+@pytest.mark.parametrize("rle", [dict(size=[10**6, 10**6], counts="04"), dict(size=[65536, 65536], counts=[0]), dict(size=[4, 4], counts=[20, -4]),
+                                 dict(size=[-1, 4], counts=[]), dict(size=[4, 4], counts="~~~~")])
+def test_a_mask_of_an_impossible_size_is_refused_before_it_is_decoded(tmp_path, rle):
+    write_json(tmp_path / "m.json", rle)
+    with pytest.raises(UserError, match="m.json"): read_mask(tmp_path / "m.json")
+
+
+def test_masks_of_photographs_with_the_longest_names(tmp_path):
+    "A file name may have 255 bytes, and `.json` comes on top; two that begin alike do not meet."
+    names = ["sub/" + "é" * 125 + end for end in (".jpg", ".png")] + ["x" * 251 + ".jpg"]
+    for k, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True); (tmp_path / name).touch()
+        write_mask(mask_file(tmp_path, name), np.eye(4, 5 + k, dtype=bool))
+    assert [read_mask(mask_file(tmp_path, n)).shape[1] for n in names] == [5, 6, 7] and mask_file("m", "a/b.jpg") == Path("m/a/b.jpg.json")
+
+
+def test_a_hash_inside_a_name_is_no_comment(tmp_path):
+    (tmp_path / "n.txt").write_text("C# book\n# a comment\ncat # another\n")
+    assert list(read_names(tmp_path / "n.txt")) == ["C# book", "cat"]

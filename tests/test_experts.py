@@ -6,7 +6,8 @@ from torch import nn
 from namedmask.benchmarks import Benchmark
 from namedmask.core import UserError
 from namedmask.deeplab import load_segmenter, make_segmenter, save_segmenter
-from namedmask.evaluate import label_maps, whole_logits
+from namedmask.bilateral import bilateral_solve
+from namedmask.evaluate import label_maps, to_edges, whole_logits
 from namedmask.experts import judge_expert
 from namedmask.predict import predict
 
@@ -56,9 +57,15 @@ class Blurry(Red):
 
 def test_views_are_kept_in_the_file(tmp_path):
     model = make_segmenter(n_classes=4, pretrained=False)
-    model.views = (96, 64)
+    assert (model.views, model.edges) == ((), None)
+    model.views, model.edges = (96, 64), 32.0
     save_segmenter(tmp_path / "s.safetensors", model, ["a", "b", "c"])
-    assert load_segmenter(tmp_path / "s.safetensors").views == (96, 64)
+    again = load_segmenter(tmp_path / "s.safetensors")
+    assert (again.views, again.edges) == ((96, 64), 32.0)
+    model.views, model.edges = (), None
+    save_segmenter(tmp_path / "s.safetensors", model, ["a", "b", "c"])
+    again = load_segmenter(tmp_path / "s.safetensors")
+    assert (again.views, again.edges) == ((), None)
 
 
 def test_views_are_averaged():
@@ -70,3 +77,32 @@ def test_views_are_averaged():
     assert torch.equal(label_maps(model, [photo])[0], want) and (predict(model, photo) == want.numpy()).all()
     model.views = ()
     assert not torch.equal(label_maps(model, [photo])[0], want)
+
+
+class Half(nn.Module):
+    "Says `sure` of red against background in the left half, whatever is there, and `sure` of the background in the right."
+    mean, std, names, views, edges = (0, 0, 0), (1, 1, 1), ["red"], (64,), None
+    sure = 2.0
+    def forward(self, x):
+        left = self.sure * (2.0 * (torch.arange(x.shape[-1]) < x.shape[-1] // 2) - 1).expand(x.shape[0], *x.shape[-2:])
+        return torch.stack([-left, left], 1)
+
+
+def test_an_opinion_is_drawn_to_the_edges_of_the_photograph():
+    pixels = np.full((48, 64, 3), 40, np.uint8)
+    pixels[:, :40] = 220                                 # the thing ends at column 40, the network says 32
+    model, photo = Half().eval(), Image.fromarray(pixels)
+    rough = label_maps(model, [photo])[0]
+    assert rough[:, :32].all() and not rough[:, 32:].any()
+    model.edges = 64.0
+    fine = label_maps(model, [photo])[0]
+    want = np.stack([bilateral_solve(pixels, p.numpy(), 64.0) for p in whole_logits(model, photo).softmax(0)])
+    assert np.array_equal(fine.numpy(), want.argmax(0)) and (predict(model, photo) == want.argmax(0)).all()
+    assert fine[:, :40].all() and not fine[:, 40:].any()
+
+
+def test_a_class_that_is_nowhere_is_not_drawn():
+    opinion = torch.tensor([0.9, 0.0, 0.05])[:, None, None].expand(3, 6, 8).clone()
+    opinion[2, 0, 0] = 0.1
+    drawn = to_edges(opinion, Image.new("RGB", (16, 12)), 64.0)
+    assert torch.equal(drawn[1:], opinion[1:]) and torch.allclose(drawn[0], opinion[0], atol=1e-3)

@@ -301,7 +301,7 @@ def test_every_item_as_often(write):
 def two(ds, k):
     "Sample `k` of two items, and the draws that it was made of."
     rng = np.random.default_rng(k)
-    bottom, top = ds.draw(ds.names, rng), ds.draw(ds.names, rng)
+    bottom, top = ds.draw(ds.pools, rng), ds.draw(ds.pools, rng)
     image, labels = ds.sample(2, np.random.default_rng(k))
     return image.permute(1, 2, 0).numpy(), labels.numpy(), bottom, top
 
@@ -355,7 +355,7 @@ def test_later_things_lie_above(write):
     ds = CopyPaste([write(flat(50 * k, 8, 8), none() + 1, k) for k in (1, 2, 3)], Augment(crop=8, **STILL))
     for k in range(60):
         rng = np.random.default_rng(k)
-        *_, (_, _, last) = [ds.draw(ds.names, rng) for _ in range(3)]                        # (one place to go: nothing is drawn for it)
+        *_, (_, _, last) = [ds.draw(ds.pools, rng) for _ in range(3)]                        # (one place to go: nothing is drawn for it)
         x, l = ds.sample(3, np.random.default_rng(k))
         assert (l == last).all() and (x == 50 * last).all()
 

@@ -7,10 +7,11 @@ from typer.testing import CliRunner
 
 from namedmask.benchmarks import load_benchmark
 from namedmask.cli import app
-from namedmask.core import read_mask, write_archive, write_mask
-from namedmask.deeplab import load_segmenter, make_segmenter
+from namedmask.core import UserError, mask_file, read_mask, read_photo, write_archive, write_mask
+from namedmask.deeplab import load_published, load_segmenter, make_segmenter
 from namedmask.demo import load_world
-from namedmask.pipeline import Run
+from namedmask.experts import refine_masks
+from namedmask.pipeline import Run, import_masks
 from namedmask.saliency import mask_files, published_file
 from namedmask.selfmask import SelfMask
 
@@ -187,3 +188,43 @@ def test_the_list_of_published_files_and_the_ban_on_the_network(monkeypatch, tmp
     assert "namedmask_voc2012" in call("download")
     result = CliRunner().invoke(app, ["download", "selfmask", "--offline"])
     assert result.exit_code == 1 and "network is forbidden" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_published_masks_are_turned_with_their_photographs(tmp_path, orientation):
+    "They are of the pictures as stored; folders around them do not matter."
+    pixels, exif = np.zeros((60, 40, 3), np.uint8), Image.Exif()
+    pixels[5:20, 3:15] = 255
+    exif[0x0112] = orientation
+    (tmp_path / "photos/n01").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "photos/n01/x.JPEG", "jpeg", quality=95, exif=exif)
+    write_mask(tmp_path / "masks/imagenet/train_pseudo_masks/n01/x.json", pixels[..., 0] > 0)
+    import_masks(tmp_path / "masks", tmp_path / "photos", ["n01/x.JPEG"], tmp_path / "out")
+    mask, photo = read_mask(mask_file(tmp_path / "out", "n01/x.JPEG")), np.asarray(read_photo(tmp_path / "photos/n01/x.JPEG"))
+    assert mask.shape == photo.shape[:2] and (mask == (photo[..., 0] > 128)).all()
+
+
+def test_an_expert_that_rejects_a_photograph(tmp_path):
+    "In the paper its empty answer stands; with the offline stack's help the saliency mask is kept."
+    class No(torch.nn.Module):
+        mean, std = (0, 0, 0), (1, 1, 1)
+        def forward(self, x): return torch.stack([x[:, 0] * 0 + 9, x[:, 0] * 0], 1)
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.jpg")
+    write_mask(mask_file(tmp_path / "saliency", "a.jpg"), np.eye(40, 50, dtype=bool))
+    for name, how in ("paper", dict(side=None, smooth=None)), ("offline", {}): refine_masks(No().eval(), ["a.jpg"], tmp_path, tmp_path / "saliency", tmp_path / name, **how)
+    assert not read_mask(mask_file(tmp_path / "paper", "a.jpg")).any()
+    assert (read_mask(mask_file(tmp_path / "offline", "a.jpg")) == np.eye(40, 50)).all()
+
+
+def test_the_class_count_and_the_size_are_told_by_what_is_there(tmp_path):
+    "One entry too many does not make a ResNet-50 a 101; one too few is the only fault told."
+    state = make_segmenter("resnet50", 4, pretrained=False).state_dict()
+    torch.save(state | {"backbone.layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "more.pt")
+    torch.save({k: v for k, v in state.items() if k != "classifier.classifier.3.weight"}, tmp_path / "less.pt")
+    with pytest.raises(UserError, match=r": 1 unknown: backbone.layer3.6.conv1.weight\.$"): load_published(tmp_path / "more.pt")
+    with pytest.raises(UserError, match=r": 1 missing: classifier.classifier.3.weight\.$"): load_published(tmp_path / "less.pt")
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    torch.save(backbone | {"fc.weight": torch.zeros(2, 2)}, tmp_path / "dino.pth")
+    make_segmenter("resnet50", 2, tmp_path / "dino.pth")
+    torch.save(backbone | {"layer5.0.conv.weight": torch.zeros(2, 2)}, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match="layer5"): make_segmenter("resnet50", 2, tmp_path / "dino.pth")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from namedmask import retrieval
 from namedmask.core import UserError, list_photos, read_archive, read_json, write_archive, write_json
@@ -299,3 +300,11 @@ def test_from_a_pickle_to_the_archive(imagenet, tmp_path):
     keep_index(e, index, imagenet, tmp_path / "cache")
     kept = embed_index(e, imagenet, index.photos, tmp_path / "cache")      # nothing is left to embed, so `prepare` is not asked for
     assert retrieve(e, kept, {"second": []}, 1)[0] == {"second": ["train/n01/n01_2.JPEG"]}
+
+
+def test_a_strip_is_no_burden():
+    "60 000 pixels wide and one high: only its middle is enlarged."
+    from namedmask.encoders import lite0_input
+    assert lite0_input(Image.new("RGB", (60_000, 1), (255, 0, 0))).shape == (3, 224, 224)
+    wide = Image.new("RGB", (900, 100)); wide.paste((255, 255, 255), (400, 0, 500, 100))
+    assert (lite0_input(wide)[:, :, 20:-20] > .9).all()

@@ -184,12 +184,20 @@ def test_a_finished_run_is_left_alone(photos, finish, unbroken):
     assert {k for k in after if before.get(k) != after[k]} <= {"state.json"}          # the report is made again, its seconds noted
 
 
-def test_a_damaged_file_of_a_finished_stage_is_told(photos, finish, unbroken, tmp_path):
+@pytest.mark.parametrize("damage", ["archive", "retrieval", "experts", "masks", "checkpoint", "embeddings"])
+def test_what_is_damaged_in_a_run_is_made_again(photos, finish, unbroken, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    (run / "archive.json").write_text('{"guitar": [')
-    (run / "segmenter.safetensors").unlink()
-    assert finish(photos, run) == 1 and "archive.json" in said(run, "error")[0]
+    (run / "segmenter.safetensors").write_bytes(b"cut short")
+    if damage == "archive": (run / "archive.json").write_text('{"guitar": [')
+    if damage == "retrieval": (run / "retrieval.json").write_text("[]")
+    if damage == "experts": (run / "experts" / "_warm.safetensors").write_bytes(b""); shutil.rmtree(run / "masks" / "experts")
+    if damage == "masks": shutil.rmtree(run / "masks")
+    if damage == "checkpoint": (run / "checkpoint.pt").write_bytes(b"")
+    if damage == "embeddings":
+        (run / "archive.json").unlink()
+        for shard in run.rglob("embeddings/*/*.npy"): shard.write_bytes(b"")
+    assert finish(photos, run) == 0 and same(run, unbroken), said(run, "error")
 
 
 # Photographs that come, go and change

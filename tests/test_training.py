@@ -273,4 +273,4 @@ def test_the_best_weights_are_kept():
 def test_a_loss_that_is_no_number():
     model = tiny()
     with torch.no_grad(): model.classifier[-1].weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="not a number at step 10"): fit(model, batches(40, 9), Recipe(steps=20, bs=2))
+    with pytest.raises(UserError, match="^The loss is not a number at step 10"): fit(model, batches(40, 9), Recipe(steps=20, bs=2))

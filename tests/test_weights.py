@@ -91,7 +91,7 @@ def test_files_that_are_no_weights(tmp_path, content, ending):
 @pytest.mark.parametrize("thing", [torch.zeros(3), [torch.zeros(3)], {"model": 3}, {"model": {"a": [1]}}, {}, {1: torch.zeros(1)}])
 def test_files_without_a_state_dict(tmp_path, thing):
     torch.save(thing, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="bad.pt holds no state dict"): read_weights(tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="bad.pt (holds no|is no plain) state dict"): read_weights(tmp_path / "bad.pt")
 
 
 def test_missing_file_folder_and_a_file_cut_short(tmp_path):
@@ -251,3 +251,40 @@ def test_memory(tmp_path):
     tracemalloc.stop()
     reserved = table.base.nbytes                           # counted whole here, though what is never touched takes no memory
     assert len(names) == 3000 and reserved < 1.12 * table.nbytes and peak < reserved + 1.5e6
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_not_used(tmp_path):
+    "torch does not look at the checksums."
+    torch.save({"a.weight": torch.zeros(5000)}, tmp_path / "w.pt")
+    raw = bytearray((tmp_path / "w.pt").read_bytes())
+    at = raw.find(bytes(2000))
+    raw[at + 1000] ^= 1
+    (tmp_path / "w.pt").write_bytes(raw)
+    with pytest.raises(UserError, match="damaged"): read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("content, says", [(b"<html>404</html>", "web page"), (b"", "is empty"), (b"101", "begins with")])
+def test_what_is_no_checkpoint_is_told_in_our_words(tmp_path, content, says):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(UserError, match=says) as e: read_weights(tmp_path / "w.pt")
+    assert "weights_only" not in str(e.value)
+
+
+def test_a_checkpoint_that_asks_for_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.system, ("touch " + str(tmp_path / "ran"),)
+    torch.save({"a": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="system") as e: read_weights(tmp_path / "w.pt")
+    assert "weights_only" not in str(e.value) and not (tmp_path / "ran").exists()
+
+
+def test_an_entry_that_is_no_tensor_is_named(tmp_path):
+    torch.save({"a": torch.zeros(2), "note": "x"}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="note"): read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("value, says", [(torch.full((3, 2), float("nan")), "finite"), (torch.zeros(3, 2, dtype=torch.complex64), "unusual kind"),
+                                         (torch.zeros(3, 2).to_sparse(), "unusual kind"), (torch.empty(3, 2, device="meta"), "unusual kind")])
+def test_values_that_no_network_has(value, says):
+    layer = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError, match=f"{says}.*weight"): load_state(layer, dict(weight=value, bias=torch.zeros(3)), "the file")
