@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -c "from namedmask.demo import load_world; load_world()"
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q --ignore tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_notebooks.py
 
 benchmarks: install
 	for b in benchmarks/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
