@@ -313,7 +313,8 @@ def test_a_run_folder_among_the_photographs(namedmask, photos, tmp_path):
 def test_ctrl_c(finished, photos, tmp_path):
     "Stopped in the training: 130, one line, and nothing half written."
     run = subprocess.Popen([*TERMINAL, "run", "--images", photos, "--names", "guitar, mushroom", "--out", tmp_path / "run", "--steps", "4000", "--no-experts"],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # tests that run in the background inherit a deaf ear
     deadline = time.monotonic() + 200
     while run.poll() is None and time.monotonic() < deadline:
         state = tmp_path / "run" / "state.json"
@@ -321,7 +322,8 @@ def test_ctrl_c(finished, photos, tmp_path):
         time.sleep(0.1)
     time.sleep(1.5)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    try: out, err = run.communicate(timeout=60)
+    finally: run.kill()
     assert run.returncode == 130 and err == "Stopped. The same command goes on from here.\n" and not out
     stages = read_json(tmp_path / "run" / "state.json")["stages"]
     assert stages["saliency"]["done"] and not stages["distill"]["done"] and stages["distill"]["seconds"] > 0

@@ -483,3 +483,9 @@ def test_masks_of_photographs_with_the_longest_names(tmp_path):
 def test_a_hash_inside_a_name_is_no_comment(tmp_path):
     (tmp_path / "n.txt").write_text("C# book\n# a comment\ncat # another\n")
     assert list(read_names(tmp_path / "n.txt")) == ["C# book", "cat"]
+
+
+def test_prompts_cannot_stand_in_a_line_of_names():
+    "Its commas would be taken for those between names."
+    with pytest.raises(core.UsageError, match="names file"): read_names("tv/monitor: television, computer monitor")
+    assert read_names(["tv/monitor: television, computer monitor"]) == {"tv/monitor": ["television", "computer monitor"]}
