@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% auto #0

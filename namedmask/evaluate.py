@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from .core import UserError, pick_device, read_json, read_photo, to_rgb, track, write_atomic, write_json
+from .core import UserError, pick_device, read_json, read_photo, sweep, to_rgb, track, write_atomic, write_json
 from .bilateral import bilateral_solve_batch
 from .benchmarks import MERGED, Benchmark, join_ids, load_benchmark, match_names
 from .deeplab import DeepLabV3Plus, load_published, load_segmenter, normalise
@@ -390,7 +390,7 @@ def export_predictions(
     "Write a label map for each photograph in ImageNet-S's format; run again, it goes on where it stopped."
     out, table = Path(out).expanduser(), _id_table(model, benchmark, device)
     _claim(out, dict(segmenter=_fingerprint(model), benchmark=benchmark.name))
-    for left in out.rglob('.writing-*.tmp'): left.unlink(missing_ok=True)
+    sweep(out)
     merge = MERGED if benchmark.name == 'imagenet_s919' else {}
     todo = [(p, out/merge.get(p.parent.name, p.parent.name)/f'{p.stem}.png') for p, _ in benchmark]
     todo = [(p, file) for p, file in todo if not file.is_file()]
