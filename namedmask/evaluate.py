@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'PAPER', 'confusion', 'Scores', 'scores_of', 'to_input', 'whole_logits', 'contenders', 'largest',
-           'to_edges', 'view_opinion', 'label_maps', 'ahead', 'by_size', 'spread', 'evaluate', 'score_table',
-           'plot_confusion', 'plot_iou', 'beside_paper', 'evaluate_published', 'export_predictions']
+           'to_edges', 'view_opinion', 'label_maps', 'ahead', 'photo_and_labels', 'by_size', 'spread', 'ImageNetSTally',
+           'evaluate', 'score_table', 'plot_confusion', 'plot_iou', 'beside_paper', 'evaluate_published',
+           'export_predictions']
 
-# %% ../nbs/13_evaluate.ipynb #02951e6d
+# %% ../nbs/13_evaluate.ipynb #259f19e9
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,7 @@ from .benchmarks import MERGED, Benchmark, join_ids, load_benchmark, match_names
 from .deeplab import DeepLabV3Plus, load_published, load_segmenter, normalise
 from .viz import palette
 
-# %% ../nbs/13_evaluate.ipynb #0c286139
+# %% ../nbs/13_evaluate.ipynb #65807676
 def _count(labels, predictions, n):
     "`confusion` of predictions that are known to be in 0..n-1."
     labels, predictions = labels.flatten().int(), predictions.flatten().int()
@@ -45,7 +46,7 @@ def confusion(
     if least < 0 or most >= n_classes: raise ValueError(f'predictions of {least} to {most} for {n_classes} classes')
     return _count(labels, predictions, n_classes)
 
-# %% ../nbs/13_evaluate.ipynb #e28f727c
+# %% ../nbs/13_evaluate.ipynb #e4a8b0d6
 @dataclass(frozen=True)
 class Scores:
     "The five scores of the literature, with the confusion matrix they were read off; undefined ones are None."
@@ -56,9 +57,10 @@ class Scores:
     frequency_weighted_iou: float|None # mean IoU, classes weighted by their pixels
     iou: dict[str, float|None]         # name → IoU; None where the class neither occurs nor is predicted
     confusion: np.ndarray              # (C, C) int64, rows truth, columns prediction, background first
-    def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion'}
+    imagenet_s: dict[str, float|None]|None = None # on ImageNet-S: what its own evaluator would say, see `ImageNetSTally`
+    def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion' and (k, v) != ('imagenet_s', None)}
 
-# %% ../nbs/13_evaluate.ipynb #4b4fa40a
+# %% ../nbs/13_evaluate.ipynb #0d6aa892
 def scores_of(
     matrix:np.ndarray|torch.Tensor, # (C, C) confusion matrix, rows truth
     names:list[str], # of the C-1 classes after the background
@@ -75,7 +77,7 @@ def scores_of(
                   mean_accuracy=mean(accuracy), frequency_weighted_iou=mean(iou[occurs], weights),
                   iou={n: float(v) if s else None for n, v, s in zip(['background', *names], iou, scored)}, confusion=m)
 
-# %% ../nbs/13_evaluate.ipynb #74fc427f
+# %% ../nbs/13_evaluate.ipynb #def3214d
 def to_input(
     photo:Image.Image, # RGB
     model:torch.nn.Module, # its `mean` and `std` are used
@@ -85,7 +87,7 @@ def to_input(
     pixels = torch.from_numpy(np.array(photo)).to(device).permute(2, 0, 1)[None]
     return normalise(pixels, model.mean, model.std)
 
-# %% ../nbs/13_evaluate.ipynb #9c45e612
+# %% ../nbs/13_evaluate.ipynb #6a4ec783
 MIN_SIDE = 32
 
 def _continued(x):
@@ -102,23 +104,26 @@ def whole_logits(
     "The logits of one photograph at its own size, in one piece."
     return model(_continued(to_input(photo, model, device)))[0, :, :photo.height, :photo.width].float()
 
-# %% ../nbs/13_evaluate.ipynb #8a94e401
+# %% ../nbs/13_evaluate.ipynb #a20eba9e
+def _least_corner(x):
+    "(C, h, w) → the least of each place and its neighbours to the right, below, and both."
+    x = torch.cat([torch.minimum(x[..., :-1], x[..., 1:]), x[..., -1:]], -1)
+    return torch.cat([torch.minimum(x[..., :-1, :], x[..., 1:, :]), x[..., -1:, :]], -2)
+
 def contenders(
     logits:torch.Tensor, # (C, h, w), to be enlarged bilinearly
 )->torch.Tensor: # (K,) the classes that can win somewhere in the enlarged map, rising; few classes too many, never one too few
     "Which classes are worth enlarging. The bar is taken from those that win at some place, for speed: any class gives a valid one."
-    top = logits.amax(0)
-    leading = logits[(~(logits < top)).flatten(1).any(1)]
-    least = -F.max_pool2d(F.pad(-leading[None], (0, 1, 0, 1), mode='replicate'), 2, stride=1)[0]       # a cell's four corners
-    bar = least.amax(0)
-    lowest = -F.max_pool2d(F.pad(-bar[None, None], (1, 0, 1, 0), value=-torch.inf), 2, stride=1)[0, 0] # a corner's four cells
+    top, which = logits.max(0)
+    bar = _least_corner(logits[which.unique()]).amax(0)
+    lowest = -F.max_pool2d(F.pad(-bar[None, None], (1, 0, 1, 0), value=-torch.inf), 2, stride=1)[0, 0] # a place belongs to four cells
     return (~(logits < lowest - 1e-5*top.abs().max())).flatten(1).any(1).nonzero().flatten()          # some slack for rounding
 
-# %% ../nbs/13_evaluate.ipynb #0ddda495
+# %% ../nbs/13_evaluate.ipynb #81197c98
 def largest(
     logits:torch.Tensor, # (C, h, w)
     size:tuple[int, int], # (H, W) to enlarge to
-    at_once:int=2**25, # enlarged values in memory, 128 MB of float32
+    at_once:int=2**23, # enlarged values in memory at a time, 32 MB of float32
 )->torch.Tensor: # (H, W) int64
     "The class with the largest logit after bilinear enlargement: what `F.interpolate` and `argmax` give, in bounded memory."
     if logits.shape[-2:] == tuple(size): return logits.max(0).indices
@@ -132,7 +137,7 @@ def largest(
             best, labels = torch.where(better, top, best), torch.where(better, part[which], labels)
     return labels
 
-# %% ../nbs/13_evaluate.ipynb #eb7e5f36
+# %% ../nbs/13_evaluate.ipynb #bd21bf06
 def to_edges(
     opinion:torch.Tensor, # (C, h, w) float32 probabilities
     photo:Image.Image,    # RGB
@@ -147,7 +152,7 @@ def to_edges(
         drawn[i] = torch.from_numpy(x)
     return drawn
 
-# %% ../nbs/13_evaluate.ipynb #25e99389
+# %% ../nbs/13_evaluate.ipynb #faedeb51
 @torch.inference_mode()
 def view_opinion(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -162,7 +167,7 @@ def view_opinion(
     mean = torch.stack([F.interpolate(p, size=(h, w), mode='bilinear', align_corners=False)[0] for p in seen]).mean(0)
     return to_edges(mean, photo, model.edges) if getattr(model, 'edges', None) else mean
 
-# %% ../nbs/13_evaluate.ipynb #a95ef7d2
+# %% ../nbs/13_evaluate.ipynb #73f0eb53
 @torch.inference_mode()
 def label_maps(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -176,7 +181,7 @@ def label_maps(
     (w, h), size = photos[0].size, x.shape[-2:]
     return torch.stack([largest(l, size)[:h, :w] for l in logits.float().contiguous()])
 
-# %% ../nbs/13_evaluate.ipynb #abbd18c9
+# %% ../nbs/13_evaluate.ipynb #4224f77d
 def ahead(
     f:Callable, items:Iterable, # `f(item)` is wanted for each item, in order
     workers:int=2, # threads; at most twice as many results wait
@@ -191,7 +196,7 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/13_evaluate.ipynb #d2d375b2
+# %% ../nbs/13_evaluate.ipynb #9ddb5053
 def _stored(path, size=None):
     "A photograph as its pixels are stored, or upright where only that has `size`, (width, height)."
     upright = read_photo(path)
@@ -200,7 +205,10 @@ def _stored(path, size=None):
         im.load()
         return to_rgb(im)
 
-def _photo_and_labels(pair):
+def photo_and_labels(
+    pair:tuple[Path, Callable], # as `Benchmark` gives them
+)->tuple[Image.Image, torch.Tensor]: # RGB, and (H, W) uint8 or int32
+    "A photograph with its label map. UserError where one of them cannot be read, or the other is of another size."
     path, labels = pair
     try: truth = labels()
     except UserError: raise
@@ -211,7 +219,7 @@ def _photo_and_labels(pair):
         raise UserError(f'{path} is {size} pixels, but its label map is {of_labels}. Get the benchmark afresh.')
     return photo, torch.from_numpy(truth.astype(np.int32) if truth.dtype == np.uint16 else truth)
 
-# %% ../nbs/13_evaluate.ipynb #1d4d819b
+# %% ../nbs/13_evaluate.ipynb #3cc19876
 def by_size(
     items:Iterable[tuple], # each begins with a photograph
     bs:int, # at most so many together
@@ -230,7 +238,7 @@ def by_size(
         yield groups.pop(size)
     yield from groups.values()
 
-# %% ../nbs/13_evaluate.ipynb #e00c9e3c
+# %% ../nbs/13_evaluate.ipynb #f2aa4039
 def _id_table(model, benchmark, device):
     "(1 + names of the model,) int64: the model's id → the benchmark's, 0 where it has none."
     ids = match_names(model.names, benchmark.names)
@@ -239,7 +247,7 @@ def _id_table(model, benchmark, device):
 
 def _batch(device): return 8 if torch.device(device).type == 'cuda' else 1
 
-# %% ../nbs/13_evaluate.ipynb #44882bfe
+# %% ../nbs/13_evaluate.ipynb #144fa56c
 def spread(
     pairs:list,
     limit:int|None, # None = all
@@ -247,7 +255,46 @@ def spread(
     "Evenly taken items."
     return [pairs[i*len(pairs)//limit] for i in range(limit)] if limit and limit < len(pairs) else pairs
 
-# %% ../nbs/13_evaluate.ipynb #79e95891
+# %% ../nbs/13_evaluate.ipynb #f06e0092
+class ImageNetSTally:
+    "What ImageNet-S's own evaluator counts, photograph by photograph."
+    sizes = dict(S=5, MS=25, ML=50, L=100) # a class has at most so many per cent of the pixels
+    def __init__(self,
+        n_classes:int, # with the background
+        device:torch.device|str='cpu',
+    ):
+        self.counts = torch.zeros(1 + len(self.sizes), 3, n_classes, dtype=torch.int64, device=device) # all and each size; right, truth, said
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device) # Acc, FMeasure
+        self.photos = 0
+
+    def add(self,
+        matrix:torch.Tensor, # (n_classes, n_classes) int64, the confusion matrix of one photograph
+    ):
+        right, truth, said = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        self.counts[0] += torch.stack([right, truth, said])
+        percent = (100.0*truth / truth.sum()).ceil()
+        percent[0], least = 0, 0
+        for row, most in zip(self.counts[1:], self.sizes.values()):
+            here = (percent > least) & (percent <= most)
+            least = most
+            if not here.any(): continue
+            here[0] = True
+            row += torch.stack([right*here, truth*here, matrix[here].sum(0)])
+        widest = said[1:].argmax() + 1
+        thing, called, both = truth[1:].sum(), said[1:].sum(), matrix[1:, 1:].sum()
+        f = 1.3*both / (0.3*thing + called).clamp_min(1e-20)
+        self.sums += torch.stack([((truth[widest] > 0) & (said[widest] > 0)).double(), f.double()])
+        self.photos += 1
+
+    def scores(self)->dict[str, float|None]: # by the evaluator's names, in 0..1; None where nothing was counted
+        right, truth, said = self.counts.double().unbind(1)
+        iou, occurs = right / (truth + said - right).clamp_min(1), truth > 0
+        mean = lambda x: x.mean().item() if x.numel() else None
+        accuracy, f = (self.sums / max(self.photos, 1)).tolist()
+        by_size = {k: mean(iou[i][occurs[i]]) for i, k in enumerate(self.sizes, 1)}
+        return dict(Acc=accuracy, mIoU=mean(iou[0]), **by_size, FMeasure=f)
+
+# %% ../nbs/13_evaluate.ipynb #1b94d6d1
 def evaluate(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark,   # restricted to the model's names, or whole
@@ -260,17 +307,21 @@ def evaluate(
     table, pairs, n = _id_table(model, benchmark, device), spread(benchmark.pairs, limit), len(benchmark.names) + 1
     if not pairs: raise UserError(f'{benchmark.name} has no photographs to mark.')
     was_training, matrix = model.training, torch.zeros(n, n, dtype=torch.int64, device=device)
+    tally = ImageNetSTally(n, device) if benchmark.name == f'imagenet_s{n - 1}' else None # not where it is restricted to a few names
     model.eval()
     try:
-        loaded = ahead(_photo_and_labels, pairs)
+        loaded = ahead(photo_and_labels, pairs)
         if progress: loaded = progress(loaded, 'evaluating', total=len(pairs))
         for group in by_size(loaded, bs or _batch(device)):
             guesses = table[label_maps(model, [photo for photo, _ in group], device)]
-            for (_, truth), guess in zip(group, guesses): matrix += _count(truth.to(device), guess, n)
+            for (_, truth), guess in zip(group, guesses):
+                counts = _count(truth.to(device), guess, n)
+                matrix += counts
+                if tally: tally.add(counts)
     finally: model.train(was_training)
-    return scores_of(matrix, benchmark.names)
+    return replace(scores_of(matrix, benchmark.names), imagenet_s=tally and tally.scores())
 
-# %% ../nbs/13_evaluate.ipynb #1f7b9965
+# %% ../nbs/13_evaluate.ipynb #4462a2c7
 def score_table(
     scores:Scores,
     title:str='', # above the table
@@ -281,11 +332,14 @@ def score_table(
     for v, n in known: table.add_row(n, f'{100*v:.1f}', '█'*round(20*v), end_section=n == known[-1][1])
     unseen = sum(v is None for v in scores.iou.values())
     if unseen: table.add_row(f'{unseen} classes neither there nor predicted', '', '', end_section=True)
-    for key, v in scores.to_json().items():
-        if key != 'iou': table.add_row(key.replace('_', ' ').replace('miou', 'mean IoU'), '' if v is None else f'{100*v:.1f}', '')
+    percent = lambda v: '' if v is None else f'{100*v:.1f}'
+    summary = {k: v for k, v in scores.to_json().items() if k not in ('iou', 'imagenet_s')}
+    for key, v in summary.items():
+        table.add_row(key.replace('_', ' ').replace('miou', 'mean IoU'), percent(v), '', end_section=key == list(summary)[-1])
+    for key, v in (scores.imagenet_s or {}).items(): table.add_row(f'ImageNet-S {key}', percent(v), '')
     return table
 
-# %% ../nbs/13_evaluate.ipynb #ec759d01
+# %% ../nbs/13_evaluate.ipynb #33740bd3
 def plot_confusion(
     scores:Scores,
     most:int=24, # draw no more classes than this
@@ -306,7 +360,7 @@ def plot_confusion(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #aca04496
+# %% ../nbs/13_evaluate.ipynb #09a3434d
 def plot_iou(
     scores:Scores,
     most:int=40, # draw no more classes than this, the best
@@ -324,7 +378,7 @@ def plot_iou(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #142d4c6c
+# %% ../nbs/13_evaluate.ipynb #2c8b0439
 PAPER = dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None), imagenet_s300=(33.1, None),
              imagenet_s919=(23.1, None), voc2012=(59.3, 89.2))
 "Benchmark → (mean IoU %, pixel accuracy %) of the published segmenters (arXiv 2209.11228)."
@@ -344,7 +398,7 @@ def beside_paper(
     if benchmark.startswith('imagenet_s'): table.caption = "the paper's figure is of the test part"
     return table
 
-# %% ../nbs/13_evaluate.ipynb #d7da5f73
+# %% ../nbs/13_evaluate.ipynb #dc48e698
 def evaluate_published(
     weights:str|Path, # a published .pt file, or a .safetensors file of ours
     benchmark:str, # a name that `load_benchmark` knows
@@ -360,7 +414,7 @@ def evaluate_published(
     else: model = load_published(weights, bench.names)
     return evaluate(model.to(device).eval(), bench, device, limit, progress)
 
-# %% ../nbs/13_evaluate.ipynb #d4a486d6
+# %% ../nbs/13_evaluate.ipynb #8f830d35
 def _fingerprint(model):
     "A hash of a segmenter's names, weights and ways of looking."
     h = hashlib.sha256(repr((list(model.names), getattr(model, 'views', ()), getattr(model, 'edges', None))).encode())
@@ -378,7 +432,7 @@ def _claim(out, made_by):
         raise UserError(f'{out} is not empty, and nothing tells whose predictions it holds. Choose another folder.')
     write_json(record, made_by)
 
-# %% ../nbs/13_evaluate.ipynb #17bd81b6
+# %% ../nbs/13_evaluate.ipynb #fae9eab0
 def export_predictions(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark, # of ImageNet-S, any part of it; its label files are not looked at
