@@ -28,7 +28,7 @@ from torch import nn
 from namedmask.core import list_photos, mask_file, pick_device, read_mask, read_photo, write_mask
 from namedmask.encoders import lite0_classifier
 from namedmask.saliency import save_saliency
-from namedmask.selfmask import SelfMask, SelfMaskDetector, to_input
+from namedmask.selfmask import SelfMask, SelfMaskDetector, to_batch
 from namedmask.spectral import (SpectralDetector, affinity, best_mask, biased_cut, border_contrast, patch_similarity, resize_soft,
                                 slow_modes, stage_maps, to_batch, working_size)
 
@@ -120,7 +120,7 @@ def selfmask_plain(folder, out, photos, shorter, device):
         nonlocal network
         im = read_photo(folder / photo)
         small = detector.prepare(im)
-        x = to_input([small], device)
+        x = to_batch([small], device)
         start = time.perf_counter()
         found = net(x)[0, :small.height, :small.width].cpu().numpy()
         network += time.perf_counter() - start

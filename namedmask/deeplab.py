@@ -21,7 +21,7 @@ from .weights import fetch, find, is_offline, lite0_state, load_state, read_weig
 
 # %% auto #0
 __all__ = ['RATES', 'SeparableConv', 'conv_block', 'ImagePool', 'ASPP', 'ResNetEncoder', 'ClassifierFeatures', 'timm_encoder',
-           'make_encoder', 'Decoder', 'DeepLabV3Plus', 'pixel_stats', 'make_segmenter', 'default_weights', 'normalise',
+           'make_backbone', 'Decoder', 'DeepLabV3Plus', 'pixel_stats', 'make_segmenter', 'default_weights', 'normalise',
            'param_groups', 'save_segmenter', 'load_segmenter', 'load_published', 'convert']
 
 # %% ../nbs/10_deeplab.ipynb #af3bdff7
@@ -104,7 +104,7 @@ def timm_encoder(arch:str, output_stride:int) -> nn.Module:
                         "a convolutional network of timm, such as tf_efficientnet_lite0 or mobilenetv2_100.") from None
 
 # %% ../nbs/10_deeplab.ipynb #00b39a6e
-def make_encoder(arch:str, # "resnet50", "resnet101", or a name of timm's
+def make_backbone(arch:str, # "resnet50", "resnet101", or a name of timm's
                  output_stride:int # of the coarse features
                 ) -> tuple[nn.Module, tuple[int, int]]: # the encoder; channels of its fine and its coarse features
     "An encoder without trained weights."
@@ -140,7 +140,7 @@ class DeepLabV3Plus(nn.Module):
         if output_stride not in RATES: raise UserError(f"The output stride is one of {list(RATES)}, not {output_stride}.")
         self.arch, self.n_classes, self.output_stride, self.head_channels = arch, n_classes, output_stride, head_channels
         self.rates = tuple(rates or RATES[output_stride])
-        self.backbone, channels = make_encoder(arch, output_stride)
+        self.backbone, channels = make_backbone(arch, output_stride)
         self.classifier = Decoder(channels, n_classes, head_channels, self.rates)
         self.names, self.views, self.edges, (self.mean, self.std) = None, (), None, pixel_stats(arch)
 

@@ -17,13 +17,13 @@ from .copy_paste import Augment, CopyPaste, Item, make_items
 from .core import BadPhoto, UserError, mask_file, read_mask, read_photo, slug, track, write_mask
 from .deeplab import load_segmenter, make_segmenter, save_segmenter
 from .benchmarks import match_names
-from .evaluate import ahead, photo_and_labels, whole_logits
+from .evaluate import map_ahead, photo_and_labels, whole_logits
 from .saliency import refine_mask
 from .spectral import mask_iou, resize_soft, working_size
 from .training import Recipe, fit
 
 # %% auto #0
-__all__ = ['binary_items', 'train_binary', 'expert_mask', 'refine_masks', 'run_experts', 'judge_expert']
+__all__ = ['binary_items', 'train_binary', 'expert_mask', 'expert_masks', 'run_experts', 'judge_expert']
 
 # %% ../nbs/15_experts.ipynb #f261e8a5
 def binary_items(archive: dict[str, list[str]], # name → photos
@@ -67,7 +67,7 @@ def expert_mask(model, photo: Image.Image, # RGB
     return np.asarray(Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST))
 
 # %% ../nbs/15_experts.ipynb #00388add
-def refine_masks(model, photos: list[str], root, saliency, # folders of the photographs and of their saliency masks
+def expert_masks(model, photos: list[str], root, saliency, # folders of the photographs and of their saliency masks
                  out: Path, side: int | None = 448, smooth: float | None = 64.0, # see `expert_mask`
                  device="cpu") -> list[dict]: # photographs that could not be read
     "The expert's own masks of its photographs, at their full size; those that exist already are kept."
@@ -102,7 +102,7 @@ def run_experts(archive: dict[str, list[str]], root, saliency, # folders of the 
             model = train_binary(folder / f"{slug(name)}.safetensors", name, have[name], recipe, augment,
                                  start if base is None else lambda: copy.deepcopy(base).train(), seed + k + 1, device)
         photos = [p for p in archive[name] if mask_file(saliency, p).exists()]
-        skipped += refine_masks(model, photos, root, saliency, out / slug(name), side, smooth, device)
+        skipped += expert_masks(model, photos, root, saliency, out / slug(name), side, smooth, device)
     return skipped
 
 # %% ../nbs/15_experts.ipynb #82e78968
@@ -115,7 +115,7 @@ def judge_expert(model, # a binary segmenter
     which = match_names([name], benchmark.names)[0]
     if not which: raise UserError(f"{benchmark.name} has no class {name}, so its expert cannot be judged there.")
     ious = []
-    for photo, truth in ahead(photo_and_labels, benchmark):
+    for photo, truth in map_ahead(photo_and_labels, benchmark):
         truth = truth.numpy()
         if not (truth == which).any(): continue
         counts = truth != benchmark.ignore

@@ -19,11 +19,11 @@ from .core import (BadPhoto, RunFolder, UserError, human_time, list_photos, mask
                             read_mask, read_photo, slug, write_atomic)
 
 # %% auto #0
-__all__ = ['UNITS', 'STAGES', 'PREDICT_SIDE', 'FIGURES', 'PARTS', 'CSS', 'LABELS', 'thumb', 'Picture', 'Album', 'mask_path',
-           'grouped', 'ticks', 'thin', 'curve_svg', 'spark_svg', 'Facts', 'photo_key', 'read_or', 'read_config',
-           'collect', 'stage_list', 'colour', 'Shot', 'outline_of', 'shots_of', 'agreement', 'verdict', 'name_list',
-           'spread', 'choose_photos', 'layers_of', 'predictions', 'curves', 'score_list', 'alike', 'skipped_groups',
-           'environment', 'summary_of', 'tiles_of', 'hero_of', 'in_words', 'settings_of', 'names_context', 'times_of',
+__all__ = ['UNITS', 'TITLES', 'PREDICT_SIDE', 'FIGURES', 'PARTS', 'CSS', 'LABELS', 'thumb', 'Picture', 'Album', 'mask_path',
+           'grouped', 'ticks', 'thin', 'curve_svg', 'spark_svg', 'Facts', 'photo_key', 'read_or', 'config_of',
+           'read_facts', 'stage_list', 'colour', 'Shot', 'outline_of', 'shots_of', 'agreement', 'verdict', 'name_list',
+           'evenly', 'choose_photos', 'layers_of', 'predictions', 'curves', 'score_list', 'alike', 'skipped_groups',
+           'environment', 'summary_of', 'tiles_of', 'hero_of', 'worded', 'settings_told', 'names_context', 'times_of',
            'render', 'write_report']
 
 # %% ../nbs/18_report.ipynb #0e7a63fb
@@ -179,7 +179,7 @@ def read_or(default, read, path):
     return found if isinstance(found, type(default)) else default
 
 # %% ../nbs/18_report.ipynb #6faa08bc
-def read_config(run: RunFolder) -> dict: # with `names` as name → prompts
+def config_of(run: RunFolder) -> dict: # with `names` as name → prompts
     "The settings of a run. Raises `UserError` where there are none."
     file, start = run.config, f"namedmask run --out {shlex.quote(str(run.root))} ..."
     if not file.is_file(): raise UserError(f"There is no run in {run.root}: it has no {file.name}. Start one with: {start}")
@@ -191,16 +191,16 @@ def read_config(run: RunFolder) -> dict: # with `names` as name → prompts
     return config | dict(names={str(n): [str(p) for p in prompts or [n]] for n, prompts in names.items()})
 
 # %% ../nbs/18_report.ipynb #2e2d8791
-def collect(run: RunFolder) -> Facts:
+def read_facts(run: RunFolder) -> Facts:
     "Read a run folder, as far as it has come. Raises `UserError` where there is no run."
-    config, retrieval = read_config(run), read_or({}, read_json, run.retrieval)
+    config, retrieval = config_of(run), read_or({}, read_json, run.retrieval)
     images = Path(config.get("images") or ".")
     archive = {n: [photo_key(p, images) for p in photos] for n, photos in read_or({}, read_archive, run.archive).items()}
     return Facts(run, config, archive, retrieval.get("names") or {}, retrieval.get("photos"), read_or([], read_jsonl, run.metrics),
                  read_or({}, read_json, run.state))
 
 # %% ../nbs/18_report.ipynb #2c1dee36
-STAGES = {"retrieval": ("Retrieval", "retrieve", "finds photographs for each name"),
+TITLES = {"retrieval": ("Retrieval", "retrieve", "finds photographs for each name"),
           "saliency": ("Saliency", "saliency", "finds what stands out in them"),
           "experts": ("Experts", "experts", "one small network a name mends the masks"),
           "distill": ("Distillation", "distill", "everything into one segmenter")}
@@ -211,7 +211,7 @@ def stage_list(facts: Facts) -> list[dict]: # key, title, what, status, seconds,
     run, rows = facts.run, []
     whole = {"retrieval": run.archive, "distill": run.segmenter}     # written at the very end of their stages
     begun = {"retrieval": run.embeddings, "saliency": run.saliency, "experts": run.experts, "distill": run.metrics}
-    for key, (title, command, what) in STAGES.items():
+    for key, (title, command, what) in TITLES.items():
         told = (facts.state.get("stages") or {}).get(key) or {}
         if told.get("done") or (not told and key in whole and whole[key].exists()): status = "done"
         elif key == "experts" and facts.config.get("experts") is False: status = "left out"
@@ -292,7 +292,7 @@ def name_list(facts: Facts, album: Album) -> list[dict]:
     return rows
 
 # %% ../nbs/18_report.ipynb #5bb9cb57
-def spread(xs: list, k: int # at most so many
+def evenly(xs: list, k: int # at most so many
            ) -> list:
     "Elements of a list, evenly taken from its first to its last."
     if len(xs) <= k: return list(xs)
@@ -307,9 +307,9 @@ def choose_photos(facts: Facts, n: int = 12) -> list[tuple[str, str]]: # photogr
     have = {name: photos for name, photos in facts.archive.items() if photos}
     k = n - min(n // 2, len(others))
     each = -(-k // max(len(have), 1))                    # so many of a name, from the middle of equal parts of its archive
-    turns = [(name, (2 * j + 1) * len(have[name]) // (2 * each)) for j in range(each) for name in spread(list(have), k)]
+    turns = [(name, (2 * j + 1) * len(have[name]) // (2 * each)) for j in range(each) for name in evenly(list(have), k)]
     chosen = dict([(have[name][i], f"archive of {name}") for name, i in turns][:k])
-    return [*chosen.items(), *((p, "in no archive") for p in spread(others, n - len(chosen)))]
+    return [*chosen.items(), *((p, "in no archive") for p in evenly(others, n - len(chosen)))]
 
 # %% ../nbs/18_report.ipynb #031ce612
 def layers_of(labels: np.ndarray, # (H, W) label map
@@ -633,15 +633,15 @@ tr > :last-child { padding-right: 0 }
 LABELS = dict(images="photographs in", stack="models", n_images="photographs a name", steps="training steps", experts="category experts",
               seed="random seed")
 
-def in_words(value) -> str:
+def worded(value) -> str:
     "A setting for a person."
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return {True: "yes", False: "no", None: "not set"}[value] if value is None or isinstance(value, bool) else str(value)
 
-def settings_of(facts: Facts) -> list[tuple[str, str, bool]]: # what, its value, whether everybody wants to know it
+def settings_told(facts: Facts) -> list[tuple[str, str, bool]]: # what, its value, whether everybody wants to know it
     "All settings in words, the names with their prompts first."
     names = ", ".join(n if prompts == [n] else f"{n} ({', '.join(prompts)})" for n, prompts in facts.names.items())
-    rest = [(LABELS.get(k, str(k).replace("_", " ")), in_words(v), k in LABELS) for k, v in facts.config.items() if k != "names"]
+    rest = [(LABELS.get(k, str(k).replace("_", " ")), worded(v), k in LABELS) for k, v in facts.config.items() if k != "names"]
     return [("names", names or "none", True), *rest, ("run folder", str(facts.run.root), True)]
 
 # %% ../nbs/18_report.ipynb #5545d567
@@ -803,7 +803,7 @@ def times_of(stages: list[dict]) -> tuple[list[dict], float]: # title, seconds, 
     "How long each stage took, in ever stronger tones of one colour."
     timed = [s for s in stages if s["seconds"] is not None]
     total = sum(s["seconds"] for s in timed)
-    tone = lambda s: f"color-mix(in oklab, var(--accent) {(30, 52, 76, 100)[list(STAGES).index(s['key'])]}%, var(--card))"
+    tone = lambda s: f"color-mix(in oklab, var(--accent) {(30, 52, 76, 100)[list(TITLES).index(s['key'])]}%, var(--card))"
     part = lambda s: s["seconds"] / total if total else None
     return [dict(title=s["title"], seconds=round(s["seconds"], 2), part=part(s), colour=tone(s)) for s in timed], total
 
@@ -886,7 +886,7 @@ def render(facts: Facts, device="cpu") -> str: # HTML
         css=Markup(CSS), names=names, stages=stages, finished=all(s["status"] in ("done", "left out") for s in stages),
         next=next((s["command"] for s in stages if s["status"] in ("unfinished", "waiting")), None),
         summary=summary_of(facts, names, stages), tiles=tiles_of(facts, names), hero=hero_of(names, predicted),
-        doubts=[n for n in names if n["warning"]], settings=settings_of(facts), curves=curves(facts), predicted=predicted, trouble=trouble,
+        doubts=[n for n in names if n["warning"]], settings=settings_told(facts), curves=curves(facts), predicted=predicted, trouble=trouble,
         side=PREDICT_SIDE, scores=score_list(facts), skipped=skipped, n_skipped=sum(len(photos) for _, photos in skipped),
         times=times, total=total, pictures=[p for p in album.pictures.values() if p.uri], **names_context(facts, names, stages))
     return environment().get_template("page").render(context)
@@ -894,6 +894,6 @@ def render(facts: Facts, device="cpu") -> str: # HTML
 # %% ../nbs/18_report.ipynb #9f7ae171
 def write_report(run: RunFolder, device="cpu") -> Path: # the file written
     "Write the report of a run, finished or not, atomically. Raises `UserError` where there is no run."
-    page = render(collect(run), device)
+    page = render(read_facts(run), device)
     with write_atomic(run.report) as tmp: tmp.write_bytes(page.encode("utf-8", "replace"))
     return run.report

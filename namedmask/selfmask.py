@@ -20,7 +20,7 @@ from .core import pick_device
 from .weights import find, load_state, read_weights
 
 # %% auto #0
-__all__ = ['input_size', 'padded_size', 'to_input', 'resize_positions', 'Encoder', 'DecoderLayer', 'Decoder', 'mask_logits',
+__all__ = ['input_size', 'padded_size', 'to_batch', 'resize_positions', 'Encoder', 'DecoderLayer', 'Decoder', 'mask_logits',
            'Objectness', 'SelfMask', 'best_masks', 'load_selfmask', 'SelfMaskDetector']
 
 # %% ../nbs/06_selfmask.ipynb #a0214df6
@@ -39,7 +39,7 @@ def padded_size(size:tuple[int, int], # (w, h)
     return tuple(-(-n // patch) * patch for n in size)
 
 # %% ../nbs/06_selfmask.ipynb #a9f44f9c
-def to_input(photos:list[Image.Image], # RGB; all of one padded size
+def to_batch(photos:list[Image.Image], # RGB; all of one padded size
              device="cpu") -> Tensor: # (B, 3, H, W) float32, H and W multiples of 8
     "Photographs as one batch: ImageNet's mean and standard deviation, then zeros at the right and bottom."
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -169,7 +169,7 @@ class SelfMaskDetector:
              ) -> list[np.ndarray]: # (h, w) float32, each as its photograph
         "One pass of the network."
         half = torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
-        with half: found = self.net(to_input(photos, self.device))
+        with half: found = self.net(to_batch(photos, self.device))
         return [m[:p.height, :p.width] for m, p in zip(best_masks(*found).float().cpu().numpy(), photos)]
 
     def __call__(self, photos:list[Image.Image]) -> list[np.ndarray]:

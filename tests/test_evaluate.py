@@ -14,7 +14,7 @@ from torch import nn
 from namedmask.benchmarks import MERGED, VOC_NAMES, Benchmark
 from namedmask.core import BadPhoto, UserError
 from namedmask.deeplab import make_segmenter
-from namedmask.evaluate import (PAPER, ahead, beside_paper, by_size, confusion, contenders, evaluate, evaluate_published,
+from namedmask.evaluate import (PAPER_SCORES, map_ahead, beside_paper, by_size, confusion, contenders, evaluate, evaluate_published,
                                 export_predictions, label_maps, largest, plot_confusion, plot_iou, score_table, scores_of, whole_logits)
 
 SHARED = Path(os.environ.get("NAMEDMASK_SHARED", Path(__file__).parents[2] / "shared"))
@@ -215,7 +215,7 @@ def test_ahead_raises_in_place():
         return x
     got = []
     with pytest.raises(KeyError):
-        for x in ahead(f, range(9)): got.append(x)
+        for x in map_ahead(f, range(9)): got.append(x)
     assert got == [0, 1, 2]
 
 
@@ -364,13 +364,13 @@ def test_published_weights_of_another_benchmark(tmp_path, network, noisy):
 
 
 def test_the_papers_figures():
-    assert PAPER == dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None),
+    assert PAPER_SCORES == dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None),
                          imagenet_s300=(33.1, None), imagenet_s919=(23.1, None), voc2012=(59.3, 89.2))
     half = scores_of(np.array([[6, 2], [2, 0]]), ["a"])
-    for name in (*PAPER, "demo"):
+    for name in (*PAPER_SCORES, "demo"):
         out = io.StringIO()
         Console(file=out, width=100).print(beside_paper(half, name, "val, 3 photographs"))
-        if name in PAPER: assert str(PAPER[name][0]) in out.getvalue() and f"{30 - PAPER[name][0]:+.1f}" in out.getvalue()
+        if name in PAPER_SCORES: assert str(PAPER_SCORES[name][0]) in out.getvalue() and f"{30 - PAPER_SCORES[name][0]:+.1f}" in out.getvalue()
     beside_paper(scores_of(np.zeros((2, 2), int), ["a"]), "voc2012")
 
 

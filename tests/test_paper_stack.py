@@ -10,7 +10,7 @@ from namedmask.cli import app
 from namedmask.core import UserError, mask_file, read_mask, read_photo, write_archive, write_mask
 from namedmask.deeplab import load_published, load_segmenter, make_segmenter
 from namedmask.demo import load_world
-from namedmask.experts import refine_masks
+from namedmask.experts import expert_masks
 from namedmask.pipeline import Run, import_masks
 from namedmask.saliency import mask_files, published_file
 from namedmask.selfmask import SelfMask
@@ -211,7 +211,7 @@ def test_an_expert_that_rejects_a_photograph(tmp_path):
         def forward(self, x): return torch.stack([x[:, 0] * 0 + 9, x[:, 0] * 0], 1)
     Image.new("RGB", (50, 40)).save(tmp_path / "a.jpg")
     write_mask(mask_file(tmp_path / "saliency", "a.jpg"), np.eye(40, 50, dtype=bool))
-    for name, how in ("paper", dict(side=None, smooth=None)), ("offline", {}): refine_masks(No().eval(), ["a.jpg"], tmp_path, tmp_path / "saliency", tmp_path / name, **how)
+    for name, how in ("paper", dict(side=None, smooth=None)), ("offline", {}): expert_masks(No().eval(), ["a.jpg"], tmp_path, tmp_path / "saliency", tmp_path / name, **how)
     assert not read_mask(mask_file(tmp_path / "paper", "a.jpg")).any()
     assert (read_mask(mask_file(tmp_path / "offline", "a.jpg")) == np.eye(40, 50)).all()
 

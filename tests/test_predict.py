@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from torch import nn
 
 from namedmask.core import UserError, read_json
-from namedmask.predict import cuts, gather, journal, legend, model_key, overlay_image, predict, predict_many, tile_size
+from namedmask.predict import cuts, gather_photos, journal, legend, model_key, overlay_image, predict, predict_many, tile_size
 from namedmask.viz import lettering, letters_of, readable
 
 torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_coco(model, folder, tmp_path):
 
 
 def test_inputs_that_meet(model, folder, tmp_path):
-    found, _ = gather([folder / "cat.jpg", folder / "sub/cat.jpg", folder, folder / "cat.jpg"], tmp_path / "o")
+    found, _ = gather_photos([folder / "cat.jpg", folder / "sub/cat.jpg", folder, folder / "cat.jpg"], tmp_path / "o")
     names = [n for _, n in found]
     assert len(names) == len(set(names)) == 8 and len({p.resolve() for p, _ in found}) == 8     # five good and three broken ones, each once
     assert names[:2] == ["cat.jpg", "sub/cat.jpg"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from namedmask.core import RunFolder, UserError, append_jsonl, mask_file, slug, write_archive, write_json, write_mask
 from namedmask.deeplab import make_segmenter, save_segmenter
-from namedmask.report import collect, colour, curve_svg, mask_path, stage_list, ticks, write_report
+from namedmask.report import read_facts, colour, curve_svg, mask_path, stage_list, ticks, write_report
 
 torch.set_num_threads(1)
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b", "{{ 7*7 }}", "it's", "größe 猫"]
@@ -108,7 +108,7 @@ def test_finished_run_with_hostile_words(tmp_path):
     run = start(tmp_path / "run <u>", images, HOSTILE, odd_setting="<script>alert(2)</script>")
     bad = dict(photo="<svg onload=alert(3)>.jpg", reason="bad <script>alert(4)</script>", stage="retrieval")
     finish(run, images, HOSTILE, files, skipped=[bad, bad])
-    told = collect(run).retrieval
+    told = read_facts(run).retrieval
     told[HOSTILE[0]] |= dict(sure=False, warning="<script>alert(5)</script>")
     write_json(run.retrieval, dict(names=told, photos=8))
     text, page = check(write_report(run))
@@ -136,7 +136,7 @@ def test_unfinished_runs(tmp_path, upto):
     assert ("Retrieval has not run yet" in said) == (upto == 0)
     assert ("The segmenter has not been trained yet" in said) == (upto < 4)
     assert "No benchmark has been evaluated" in said and "No stage has been timed yet" in said
-    assert [s["status"] for s in stage_list(collect(run))][-1] == ("unfinished" if upto == 4 else "waiting")
+    assert [s["status"] for s in stage_list(read_facts(run))][-1] == ("unfinished" if upto == 4 else "waiting")
 
 
 def test_experts_left_out_is_finished(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from namedmask.core import UserError
-from namedmask.selfmask import SelfMask, SelfMaskDetector, best_masks, input_size, load_selfmask, padded_size, to_input
+from namedmask.selfmask import SelfMask, SelfMaskDetector, best_masks, input_size, load_selfmask, padded_size, to_batch
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_input_is_torchvisions():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 411, 3), dtype=np.uint8))
     detector = SelfMaskDetector(SelfMask(), "cpu", shorter=201)
     want = TF.normalize(TF.to_tensor(TF.resize(photo, 201)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    x = to_input([detector.prepare(photo)])
+    x = to_batch([detector.prepare(photo)])
     assert x.shape == (1, 3, 208, 280)
     torch.testing.assert_close(x[0, :, :201, :275], want, rtol=0, atol=1e-6)
     assert not x[..., 201:, :].any() and not x[..., 275:].any()
