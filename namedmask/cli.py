@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunDir', 'Device', 'polite', 'version', 'common', 'tell_skipped', 'run_command', 'stage_command', 'saliency',
            'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
 
-# %% ../nbs/21_cli.ipynb #731d1206
+# %% ../nbs/21_cli.ipynb #cfb7f1b8
 import functools, logging, os, sys
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing_extensions import Annotated
 from . import __version__
 from .core import UsageError, UserError, write_json
 
-# %% ../nbs/21_cli.ipynb #4ce6fe06
+# %% ../nbs/21_cli.ipynb #5cd0c573
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
     help="**NamedMask**: category names and unlabelled photographs in, a network that segments and names those things out.\n\n"
          "Start with a folder of photographs and some names:\n\n"
@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
          "`namedmask predict --run runs/pets photos --out masks --format overlay`\n\n"
          "A command that was stopped, or killed, goes on where it was when it is given again.")
 
-# %% ../nbs/21_cli.ipynb #cdaa03a1
+# %% ../nbs/21_cli.ipynb #95fd1b3a
 def polite(command):
     "Failures as one line and an exit code."
     @functools.wraps(command)
@@ -40,7 +40,7 @@ def polite(command):
         raise typer.Exit(code)
     return wrapped
 
-# %% ../nbs/21_cli.ipynb #5b97016f
+# %% ../nbs/21_cli.ipynb #d8e5c108
 RunDir = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -59,13 +59,13 @@ def common(
     from namedmask.weights import is_offline
     if is_offline(): os.environ["HF_HUB_OFFLINE"] = "1"
 
-# %% ../nbs/21_cli.ipynb #07be80c7
+# %% ../nbs/21_cli.ipynb #36ae3319
 def tell_skipped(skipped: list[dict] # of photo and reason
                  ):
     "A line on stderr for each photograph that was passed over; odd characters in its name are written out."
     for s in skipped: typer.echo(f"skipped {s['photo'] if s['photo'].isprintable() else ascii(s['photo'])}: {s['reason']}", err=True)
 
-# %% ../nbs/21_cli.ipynb #0b076d69
+# %% ../nbs/21_cli.ipynb #37a4cde3
 @app.command("run")
 @polite
 def run_command(
@@ -95,7 +95,7 @@ def run_command(
     done = run(images, names, out, device, fresh, config, root, **settings)
     typer.echo(f"Segmenter: {done.files.segmenter}\nReport:    {done.files.report}")
 
-# %% ../nbs/21_cli.ipynb #1b9fd396
+# %% ../nbs/21_cli.ipynb #d7f65643
 def stage_command(name: str, function: str, text: str):
     "A command that runs one stage of a run folder."
     def command(run: RunDir, device: Device = "auto"):
@@ -109,7 +109,7 @@ for args in [("retrieve", "run_retrieval", "First stage: which photographs show 
              ("distill", "run_distill", "Fourth stage: train the segmenter on the masks, by copy-paste."),
              ("report", "run_report", "Write report.html, of a finished run or of one under way.")]: stage_command(*args)
 
-# %% ../nbs/21_cli.ipynb #4259f6c2
+# %% ../nbs/21_cli.ipynb #dbee9d51
 @app.command()
 @polite
 def saliency(
@@ -133,7 +133,7 @@ def saliency(
     tell_skipped(skipped)
     typer.echo(f"Masks: {out}" + (f" ({len(skipped)} files skipped)" if skipped else ""))
 
-# %% ../nbs/21_cli.ipynb #7518e053
+# %% ../nbs/21_cli.ipynb #8bccaaf9
 @app.command()
 @polite
 def experts(
@@ -155,7 +155,7 @@ def experts(
     for name, (iou, n) in judged.items(): typer.echo(f"{name:24} {'no photograph' if iou is None else f'{100 * iou:5.1f}  over {n} photographs'}")
     if json: write_json(json, {name: iou for name, (iou, _) in judged.items()}, indent=1)
 
-# %% ../nbs/21_cli.ipynb #67e5e458
+# %% ../nbs/21_cli.ipynb #03d678e0
 class Format(str, Enum):
     "What `predict` writes."
     png = "png"
@@ -163,7 +163,7 @@ class Format(str, Enum):
     coco = "coco"
     npz = "npz"
 
-# %% ../nbs/21_cli.ipynb #7525c999
+# %% ../nbs/21_cli.ipynb #dad4f578
 @app.command()
 @polite
 def predict(
@@ -182,7 +182,7 @@ def predict(
     typer.echo(f"{len(result.done)} photographs segmented in {out}" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
     if result.skipped and not result.done: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #202a0dc6
+# %% ../nbs/21_cli.ipynb #c97f39a4
 @app.command()
 @polite
 def evaluate(
@@ -211,7 +211,7 @@ def evaluate(
     if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {limit} photographs' if limit else ''}"))
     if json: write_json(json, scores.to_json(), indent=1)
 
-# %% ../nbs/21_cli.ipynb #2fa916da
+# %% ../nbs/21_cli.ipynb #80a28426
 @app.command()
 @polite
 def download(
@@ -225,7 +225,7 @@ def download(
         return Console().print(downloads_table())
     for name, path in download(what, offline=offline).items(): typer.echo(f"{name}: {path}")
 
-# %% ../nbs/21_cli.ipynb #0a83943e
+# %% ../nbs/21_cli.ipynb #d7aab6b5
 @app.command()
 @polite
 def convert(
@@ -241,7 +241,7 @@ def convert(
     convert(source, target, names_for(names, benchmark, root))
     typer.echo(target)
 
-# %% ../nbs/21_cli.ipynb #fbbe4a8f
+# %% ../nbs/21_cli.ipynb #59e05eb3
 @app.command()
 @polite
 def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"), device: Device = "auto"):
@@ -256,7 +256,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs
     run_report(done)
     typer.echo(f"Report: {done.files.report.resolve()}")
 
-# %% ../nbs/21_cli.ipynb #6343e93f
+# %% ../nbs/21_cli.ipynb #bf95722d
 def main(args: list[str] | None = None):
     "The command line. Leaves with 0, 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

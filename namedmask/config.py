@@ -7,7 +7,7 @@ __all__ = ['CONFIGS', 'PAPER', 'CPU', 'CUDA', 'DEFAULTS', 'LEAST', 'MOST', 'KIND
            'make_settings', 'in_words', 'parse_overrides', 'write_config', 'read_yaml', 'read_config', 'differences',
            'config_names', 'load_config', 'settings_of']
 
-# %% ../nbs/19_config.ipynb #672d804c
+# %% ../nbs/19_config.ipynb #4678772d
 import difflib, math, types, typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import namedmask
 from . import __version__
 from .core import UsageError, UserError, read_names, write_atomic
 
-# %% ../nbs/19_config.ipynb #04928ed2
+# %% ../nbs/19_config.ipynb #07fbfb9d
 @dataclass
 class Settings:
     "What a run is asked to do. `None` means: what suits the stack and the device."
@@ -45,7 +45,7 @@ class Settings:
     background: float | None = None      # weight of background pixels in the loss; 1 in the paper
     views: tuple[float, ...] | None = None  # sizes at which the segmenter looks at a photograph, in terms of those it learned from; None in the paper: its own
     edges: float | None = None           # λ of the bilateral solver that draws what it sees in these views to the photograph's edges; 0: none, as in the paper
-    eval_every: int | None = None        # steps between two marks while training
+    eval_every: int | None = None        # steps between two evaluations while training
     ignore: int = 255                    # the label of pixels that do not count
     arch: str | None = None              # of the segmenter and of the experts: resnet50, resnet101 or a network of timm's
     backbone: str | None = None          # weights that arch starts from: a file or a published name; None: those of arch
@@ -56,15 +56,15 @@ class Settings:
     archive: str | None = None           # an archive made elsewhere, a file or a published name; None: by retrieval
     saliency_masks: str | None = None    # a folder of masks made elsewhere, or a published name; None: by the detector
     expert_masks: str | None = None      # the same for refined masks; None: by experts
-    expert_weights: str | None = None    # a folder of experts trained elsewhere, expert_{name}.pt
-    benchmark: str | None = None         # what the segmenter is marked on at the end
+    expert_weights: str | None = None    # a folder of experts trained elsewhere, expert_{name}.pt; or "experts", those that are published
+    benchmark: str | None = None         # what the segmenter is scored on at the end
     root: str | None = None              # where its data are
     split: str = "val"
-    eval_limit: int | None = None        # photographs of the benchmark for the marks while training; None: all
+    eval_limit: int | None = None        # photographs of the benchmark for the evaluations while training; None: all
     seed: int = 0
     version: str = __version__           # what wrote it
 
-# %% ../nbs/19_config.ipynb #f0028bab
+# %% ../nbs/19_config.ipynb #32c0f307
 CONFIGS = Path(namedmask.__file__).parent / "configs"
 PAPER = {k: v for k, v in yaml.safe_load((CONFIGS / "paper.yaml").read_text(encoding="utf-8")).items() if k not in ("stack", "images", "experts")}
 
@@ -77,14 +77,14 @@ CUDA = CPU | dict(n_images=500, warm_steps=2000, expert_steps=500, expert_lr=2.5
 
 DEFAULTS = {("offline", "cpu"): CPU, ("offline", "cuda"): CUDA, ("paper", "cpu"): PAPER, ("paper", "cuda"): PAPER}
 
-# %% ../nbs/19_config.ipynb #5711acf5
+# %% ../nbs/19_config.ipynb #8294e95f
 def resolve(settings: Settings, device: str # "cpu" or "cuda"
             ) -> Settings:
     "The settings with every `None` that has a default filled in."
     if (settings.stack, device) not in DEFAULTS: raise UsageError(f'There is no stack "{settings.stack}". Choose from: {", ".join(dict.fromkeys(s for s, _ in DEFAULTS))}.')
     return replace(settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS[settings.stack, device].items() if getattr(settings, k) is None})
 
-# %% ../nbs/19_config.ipynb #df200b44
+# %% ../nbs/19_config.ipynb #1571bdbc
 def fits(value, kind) -> bool:
     "Whether a value that YAML can hold is of an annotated type."
     if isinstance(kind, types.UnionType): return any(fits(value, k) for k in typing.get_args(kind))
@@ -97,7 +97,7 @@ def fits(value, kind) -> bool:
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
-# %% ../nbs/19_config.ipynb #5f562a1e
+# %% ../nbs/19_config.ipynb #7322bac2
 LEAST = dict(n_images=1, warm_steps=0, expert_steps=1, expert_bs=2, expert_lr=0, expert_backbone_lr=0, steps=1, crop=32, bs=2, lr=0, backbone_lr=0,
              max_n_masks=1, jitter=0, negatives=0, background=0, edges=0, eval_every=1, ignore=1, eval_limit=1, seed=0)
 MOST = dict(negatives=1, ignore=30_000, seed=2**63 - 1)
@@ -111,7 +111,7 @@ def out_of_range(key: str, value) -> str | None: # what it must be; None: it is 
     if key in LEAST and value < LEAST[key]: return f"at least {LEAST[key]}"
     if key in MOST and value > MOST[key]: return f"at most {MOST[key]}"
 
-# %% ../nbs/19_config.ipynb #d3d54515
+# %% ../nbs/19_config.ipynb #1f9c5ad0
 KINDS = {f.name: f.type for f in fields(Settings)}
 
 def make_settings(values: dict, # setting → value
@@ -135,7 +135,7 @@ def in_words(kind) -> str:
     if isinstance(kind, types.UnionType): kind = typing.get_args(kind)[0]
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, ("numbers" if ... in typing.get_args(kind) else "two numbers") if typing.get_origin(kind) is tuple else "names with their prompts")
 
-# %% ../nbs/19_config.ipynb #2b15af32
+# %% ../nbs/19_config.ipynb #eb77c4f2
 def parse_overrides(items: typing.Iterable[str] # "key=value"
                     ) -> dict:
     "What `--set` gives. Raises `UsageError` for what is no assignment."
@@ -151,13 +151,13 @@ def parse_overrides(items: typing.Iterable[str] # "key=value"
         values[key.strip()] = value
     return values
 
-# %% ../nbs/19_config.ipynb #00479797
+# %% ../nbs/19_config.ipynb #83ec7efa
 def write_config(path: Path, settings: Settings):
     "Write the settings as YAML, atomically."
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
     with write_atomic(path) as tmp: tmp.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/19_config.ipynb #a2631508
+# %% ../nbs/19_config.ipynb #3cd92931
 def read_yaml(path: Path) -> dict:
     "The settings in a file as a dictionary. A `UserError` names what is wrong with the file."
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict): raise UserError(f"{path} holds no settings (lines of KEY: VALUE).")
     return values
 
-# %% ../nbs/19_config.ipynb #cf156191
+# %% ../nbs/19_config.ipynb #82315dc2
 def read_config(path: Path) -> Settings:
     "Read the settings of a run. A `UserError` names what is wrong with the file."
     if not path.exists(): raise UserError(f"{path.parent} is no run: it has no config.yaml. Start one with: namedmask run --images DIR --names NAMES --out {path.parent}")
@@ -173,7 +173,7 @@ def read_config(path: Path) -> Settings:
     if not {"images", "names"} <= values.keys(): raise UserError(f"{path} is not the configuration of a run.")
     return make_settings(values, str(path))
 
-# %% ../nbs/19_config.ipynb #7ad1f3c8
+# %% ../nbs/19_config.ipynb #cebe594c
 def differences(a: Settings, b: Settings) -> list[str]:
     "Which settings differ, in words. The version alone makes no difference."
     changed = [f"{f.name}: {getattr(a, f.name)!r}, now {getattr(b, f.name)!r}" for f in fields(Settings)
@@ -181,12 +181,12 @@ def differences(a: Settings, b: Settings) -> list[str]:
     if a.names == b.names and list(a.names) != list(b.names): changed.append(f"names in the order {', '.join(a.names)}, now {', '.join(b.names)}")
     return changed
 
-# %% ../nbs/19_config.ipynb #abe0a6ea
+# %% ../nbs/19_config.ipynb #1c5a030e
 def config_names() -> list[str]:
     "The configurations in the package."
     return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "paper")
 
-# %% ../nbs/19_config.ipynb #aed7177e
+# %% ../nbs/19_config.ipynb #ee85f179
 def load_config(config: str | Path, # a name of `config_names`, or a file
                 seen: tuple = () # files that name it as their base
                 ) -> dict:
@@ -203,7 +203,7 @@ def load_config(config: str | Path, # a name of `config_names`, or a file
     make_settings(values, str(path))
     return values
 
-# %% ../nbs/19_config.ipynb #123af725
+# %% ../nbs/19_config.ipynb #b527cda9
 def settings_of(config: str | Path, root: str | Path | None = None, # the data root
                 **overrides # any setting
                 ) -> Settings:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'PAPER_SCORES', 'confusion', 'Scores', 'scores_of', 'to_input', 'whole_logits', 'contenders', 'largest',
-           'to_edges', 'view_opinion', 'label_maps', 'map_ahead', 'photo_and_labels', 'by_size', 'spread',
-           'ImageNetSTally', 'evaluate', 'score_table', 'plot_confusion', 'plot_iou', 'beside_paper',
-           'evaluate_published', 'export_predictions']
+           'to_edges', 'view_opinion', 'label_maps', 'map_ahead', 'read_labels', 'photo_and_labels', 'by_size',
+           'spread', 'ImageNetSTally', 'evaluate', 'score_table', 'plot_confusion', 'plot_iou', 'beside_paper',
+           'load_weights', 'evaluate_published', 'export_predictions']
 
-# %% ../nbs/13_evaluate.ipynb #259f19e9
+# %% ../nbs/13_evaluate.ipynb #92f66d90
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 
 from .core import UserError, pick_device, read_json, read_photo, sweep, to_rgb, track, write_atomic, write_json
@@ -27,8 +28,9 @@ from .bilateral import bilateral_solve_batch
 from .benchmarks import MERGED, Benchmark, join_ids, load_benchmark, match_names
 from .deeplab import DeepLabV3Plus, load_published, load_segmenter, normalise
 from .viz import palette
+from .weights import find
 
-# %% ../nbs/13_evaluate.ipynb #65807676
+# %% ../nbs/13_evaluate.ipynb #e0da284c
 def _count(labels, predictions, n):
     "`confusion` of predictions that are known to be in 0..n-1."
     labels, predictions = labels.flatten().int(), predictions.flatten().int()
@@ -46,7 +48,7 @@ def confusion(
     if least < 0 or most >= n_classes: raise ValueError(f'predictions of {least} to {most} for {n_classes} classes')
     return _count(labels, predictions, n_classes)
 
-# %% ../nbs/13_evaluate.ipynb #e4a8b0d6
+# %% ../nbs/13_evaluate.ipynb #ffc1f811
 @dataclass(frozen=True)
 class Scores:
     "The five scores of the literature, with the confusion matrix they were read off; undefined ones are None."
@@ -58,9 +60,10 @@ class Scores:
     iou: dict[str, float|None]         # name → IoU; None where the class neither occurs nor is predicted
     confusion: np.ndarray              # (C, C) int64, rows truth, columns prediction, background first
     imagenet_s: dict[str, float|None]|None = None # on ImageNet-S: what its own evaluator would say, see `ImageNetSTally`
-    def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion' and (k, v) != ('imagenet_s', None)}
+    photos: int|None = None            # how many photographs they are of, where that is known
+    def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion' and (k not in ('imagenet_s', 'photos') or v is not None)}
 
-# %% ../nbs/13_evaluate.ipynb #0d6aa892
+# %% ../nbs/13_evaluate.ipynb #0343b85e
 def scores_of(
     matrix:np.ndarray|torch.Tensor, # (C, C) confusion matrix, rows truth
     names:list[str], # of the C-1 classes after the background
@@ -77,7 +80,7 @@ def scores_of(
                   mean_accuracy=mean(accuracy), frequency_weighted_iou=mean(iou[occurs], weights),
                   iou={n: float(v) if s else None for n, v, s in zip(['background', *names], iou, scored)}, confusion=m)
 
-# %% ../nbs/13_evaluate.ipynb #def3214d
+# %% ../nbs/13_evaluate.ipynb #66949447
 def to_input(
     photo:Image.Image, # RGB
     model:torch.nn.Module, # its `mean` and `std` are used
@@ -87,12 +90,13 @@ def to_input(
     pixels = torch.from_numpy(np.array(photo)).to(device).permute(2, 0, 1)[None]
     return normalise(pixels, model.mean, model.std)
 
-# %% ../nbs/13_evaluate.ipynb #6a4ec783
+# %% ../nbs/13_evaluate.ipynb #2e94efc0
 MIN_SIDE = 32
 
-def _continued(x):
-    "(B, 3, H, W) with the last row and column repeated up to `MIN_SIDE`."
-    down, right = (max(MIN_SIDE - n, 0) for n in x.shape[-2:])
+def _continued(x, model):
+    "(B, 3, H, W) with the last row and column repeated up to `MIN_SIDE`; for the paper's networks as it is."
+    least = 1 if getattr(model, 'arch', '').startswith('resnet') else MIN_SIDE
+    down, right = (max(least - n, 0) for n in x.shape[-2:])
     return F.pad(x, (0, right, 0, down), mode='replicate') if down or right else x
 
 @torch.inference_mode()
@@ -102,9 +106,9 @@ def whole_logits(
     device:torch.device|str='cpu',
 )->torch.Tensor: # (C, H, W) float32 on `device`
     "The logits of one photograph at its own size, in one piece."
-    return model(_continued(to_input(photo, model, device)))[0, :, :photo.height, :photo.width].float()
+    return model(_continued(to_input(photo, model, device), model))[0, :, :photo.height, :photo.width].float()
 
-# %% ../nbs/13_evaluate.ipynb #a20eba9e
+# %% ../nbs/13_evaluate.ipynb #0285e03b
 def _least_corner(x):
     "(C, h, w) → the least of each place and its neighbours to the right, below, and both."
     x = torch.cat([torch.minimum(x[..., :-1], x[..., 1:]), x[..., -1:]], -1)
@@ -119,7 +123,7 @@ def contenders(
     lowest = -F.max_pool2d(F.pad(-bar[None, None], (1, 0, 1, 0), value=-torch.inf), 2, stride=1)[0, 0] # a place belongs to four cells
     return (~(logits < lowest - 1e-5*top.abs().max())).flatten(1).any(1).nonzero().flatten()          # some slack for rounding
 
-# %% ../nbs/13_evaluate.ipynb #81197c98
+# %% ../nbs/13_evaluate.ipynb #30d4485c
 def largest(
     logits:torch.Tensor, # (C, h, w)
     size:tuple[int, int], # (H, W) to enlarge to
@@ -137,7 +141,7 @@ def largest(
             best, labels = torch.where(better, top, best), torch.where(better, part[which], labels)
     return labels
 
-# %% ../nbs/13_evaluate.ipynb #bd21bf06
+# %% ../nbs/13_evaluate.ipynb #75efda93
 def to_edges(
     opinion:torch.Tensor, # (C, h, w) float32 probabilities
     photo:Image.Image,    # RGB
@@ -152,7 +156,7 @@ def to_edges(
         drawn[i] = torch.from_numpy(x)
     return drawn
 
-# %% ../nbs/13_evaluate.ipynb #faedeb51
+# %% ../nbs/13_evaluate.ipynb #b36de7fb
 @torch.inference_mode()
 def view_opinion(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -167,7 +171,7 @@ def view_opinion(
     mean = torch.stack([F.interpolate(p, size=(h, w), mode='bilinear', align_corners=False)[0] for p in seen]).mean(0)
     return to_edges(mean, photo, model.edges) if getattr(model, 'edges', None) else mean
 
-# %% ../nbs/13_evaluate.ipynb #73f0eb53
+# %% ../nbs/13_evaluate.ipynb #6853618c
 @torch.inference_mode()
 def label_maps(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -176,12 +180,12 @@ def label_maps(
 )->torch.Tensor: # (B, H, W) int64 on `device`
     "The label maps of photographs at their own size, each as if it were alone; through the model's `views` where it has any."
     if views := getattr(model, 'views', ()): return torch.stack([largest(view_opinion(model, p, views, device), p.size[::-1]) for p in photos])
-    x = _continued(torch.cat([to_input(p, model, device) for p in photos]))
+    x = _continued(torch.cat([to_input(p, model, device) for p in photos]), model)
     logits = model.classifier(*model.backbone(x)) if isinstance(model, DeepLabV3Plus) else model(x)
     (w, h), size = photos[0].size, x.shape[-2:]
     return torch.stack([largest(l, size)[:h, :w] for l in logits.float().contiguous()])
 
-# %% ../nbs/13_evaluate.ipynb #4224f77d
+# %% ../nbs/13_evaluate.ipynb #5e85b293
 def map_ahead(
     f:Callable, items:Iterable, # `f(item)` is wanted for each item, in order
     workers:int=2, # threads; at most twice as many results wait
@@ -196,7 +200,7 @@ def map_ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/13_evaluate.ipynb #9ddb5053
+# %% ../nbs/13_evaluate.ipynb #6026c1e3
 def _stored(path, size=None):
     "A photograph as its pixels are stored, or upright where only that has `size`, (width, height)."
     upright = read_photo(path)
@@ -205,21 +209,24 @@ def _stored(path, size=None):
         im.load()
         return to_rgb(im)
 
+def read_labels(pair:tuple[Path, Callable])->np.ndarray: # (H, W) integers
+    "The label map of a pair of `Benchmark`. UserError where it cannot be read."
+    try: return pair[1]()
+    except UserError: raise
+    except Exception as error: raise UserError(f'The labels of {pair[0]} cannot be read: {error!r}. Get the benchmark afresh.') from error
+
 def photo_and_labels(
     pair:tuple[Path, Callable], # as `Benchmark` gives them
 )->tuple[Image.Image, torch.Tensor]: # RGB, and (H, W) uint8 or int32
     "A photograph with its label map. UserError where one of them cannot be read, or the other is of another size."
-    path, labels = pair
-    try: truth = labels()
-    except UserError: raise
-    except Exception as error: raise UserError(f'The labels of {path} cannot be read: {error!r}. Get the benchmark afresh.') from error
+    path, truth = pair[0], read_labels(pair)
     photo = _stored(path, truth.shape[::-1])
     if photo.size[::-1] != truth.shape:
         size, of_labels = f'{photo.width}×{photo.height}', '×'.join(map(str, truth.shape[::-1]))
         raise UserError(f'{path} is {size} pixels, but its label map is {of_labels}. Get the benchmark afresh.')
     return photo, torch.from_numpy(truth.astype(np.int32) if truth.dtype == np.uint16 else truth)
 
-# %% ../nbs/13_evaluate.ipynb #3cc19876
+# %% ../nbs/13_evaluate.ipynb #ce28686f
 def by_size(
     items:Iterable[tuple], # each begins with a photograph
     bs:int, # at most so many together
@@ -238,7 +245,7 @@ def by_size(
         yield groups.pop(size)
     yield from groups.values()
 
-# %% ../nbs/13_evaluate.ipynb #f2aa4039
+# %% ../nbs/13_evaluate.ipynb #f304c68f
 def _id_table(model, benchmark, device):
     "(1 + names of the model,) int64: the model's id → the benchmark's, 0 where it has none."
     ids = match_names(model.names, benchmark.names)
@@ -247,7 +254,7 @@ def _id_table(model, benchmark, device):
 
 def _batch(device): return 8 if torch.device(device).type == 'cuda' else 1
 
-# %% ../nbs/13_evaluate.ipynb #144fa56c
+# %% ../nbs/13_evaluate.ipynb #f6557bfd
 def spread(
     pairs:list,
     limit:int|None, # None = all
@@ -255,7 +262,7 @@ def spread(
     "Evenly taken items."
     return [pairs[i*len(pairs)//limit] for i in range(limit)] if limit and limit < len(pairs) else pairs
 
-# %% ../nbs/13_evaluate.ipynb #f06e0092
+# %% ../nbs/13_evaluate.ipynb #6db25bb2
 class ImageNetSTally:
     "What ImageNet-S's own evaluator counts, photograph by photograph."
     sizes = dict(S=5, MS=25, ML=50, L=100) # a class has at most so many per cent of the pixels
@@ -294,18 +301,18 @@ class ImageNetSTally:
         by_size = {k: mean(iou[i][occurs[i]]) for i, k in enumerate(self.sizes, 1)}
         return dict(Acc=accuracy, mIoU=mean(iou[0]), **by_size, FMeasure=f)
 
-# %% ../nbs/13_evaluate.ipynb #1b94d6d1
+# %% ../nbs/13_evaluate.ipynb #2b023f12
 def evaluate(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark,   # restricted to the model's names, or whole
     device:torch.device|str='cpu', # where the model is
-    limit:int|None=None,   # mark this many photographs, evenly taken; None = all
+    limit:int|None=None,   # score on this many photographs, evenly taken; None = all
     progress:Callable|None=track, # wraps the photographs: `progress(iterable, description, total=...)`; None = silent
     bs:int|None=None, # so many photographs of one size together; None = 8 on a GPU, 1 on a CPU, where more do not pay
 )->Scores:
-    "Mark a segmenter: each photograph as if alone at its own size, argmax, one confusion matrix. UserError where nothing can be marked."
+    "Score a segmenter: each photograph as if alone at its own size, argmax, one confusion matrix. UserError where there is nothing to score on."
     table, pairs, n = _id_table(model, benchmark, device), spread(benchmark.pairs, limit), len(benchmark.names) + 1
-    if not pairs: raise UserError(f'{benchmark.name} has no photographs to mark.')
+    if not pairs: raise UserError(f'{benchmark.name} has no photographs to score on.')
     was_training, matrix = model.training, torch.zeros(n, n, dtype=torch.int64, device=device)
     tally = ImageNetSTally(n, device) if benchmark.name == f'imagenet_s{n - 1}' else None # not where it is restricted to a few names
     model.eval()
@@ -319,27 +326,27 @@ def evaluate(
                 matrix += counts
                 if tally: tally.add(counts)
     finally: model.train(was_training)
-    return replace(scores_of(matrix, benchmark.names), imagenet_s=tally and tally.scores())
+    return replace(scores_of(matrix, benchmark.names), imagenet_s=tally and tally.scores(), photos=len(pairs))
 
-# %% ../nbs/13_evaluate.ipynb #4462a2c7
+# %% ../nbs/13_evaluate.ipynb #2f6b0d26
 def score_table(
     scores:Scores,
     title:str='', # above the table
 )->Table: # to be printed with rich
     "Scores as a table: the classes by falling IoU, then the summary."
-    table = Table('class', 'IoU %', '', title=title or None)
+    table = Table('class', 'IoU %', '', title=escape(title) if title else None)
     known = sorted(((v, n) for n, v in scores.iou.items() if v is not None), reverse=True)
-    for v, n in known: table.add_row(n, f'{100*v:.1f}', '█'*round(20*v), end_section=n == known[-1][1])
+    for v, n in known: table.add_row(escape(n), f'{100*v:.1f}', '█'*round(20*v), end_section=n == known[-1][1])
     unseen = sum(v is None for v in scores.iou.values())
     if unseen: table.add_row(f'{unseen} classes neither there nor predicted', '', '', end_section=True)
     percent = lambda v: '' if v is None else f'{100*v:.1f}'
-    summary = {k: v for k, v in scores.to_json().items() if k not in ('iou', 'imagenet_s')}
+    summary = {k: v for k, v in scores.to_json().items() if k not in ('iou', 'imagenet_s', 'photos')}
     for key, v in summary.items():
         table.add_row(key.replace('_', ' ').replace('miou', 'mean IoU'), percent(v), '', end_section=key == list(summary)[-1])
     for key, v in (scores.imagenet_s or {}).items(): table.add_row(f'ImageNet-S {key}', percent(v), '')
     return table
 
-# %% ../nbs/13_evaluate.ipynb #33740bd3
+# %% ../nbs/13_evaluate.ipynb #8f3a9e00
 def plot_confusion(
     scores:Scores,
     most:int=24, # draw no more classes than this
@@ -360,7 +367,7 @@ def plot_confusion(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #09a3434d
+# %% ../nbs/13_evaluate.ipynb #5435fdfb
 def plot_iou(
     scores:Scores,
     most:int=40, # draw no more classes than this, the best
@@ -378,7 +385,7 @@ def plot_iou(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #2c8b0439
+# %% ../nbs/13_evaluate.ipynb #19e54a1c
 PAPER_SCORES = dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None), imagenet_s300=(33.1, None),
              imagenet_s919=(23.1, None), voc2012=(59.3, 89.2))
 "Benchmark → (mean IoU %, pixel accuracy %) of the published segmenters (arXiv 2209.11228)."
@@ -389,7 +396,7 @@ def beside_paper(
     note:str='', # more about what was measured, such as the split
 )->Table: # to be printed with rich
     "The paper's figures beside measured ones; a benchmark that the paper does not have gives a table without figures of it."
-    table = Table('', 'paper %', 'measured %', 'difference', title=f'{benchmark}{", " if note else ""}{note}')
+    table = Table('', 'paper %', 'measured %', 'difference', title=escape(f'{benchmark}{", " if note else ""}{note}'))
     show = lambda x, sign='': '' if x is None else f'{x:{sign}.1f}'
     measured = scores.miou, scores.pixel_accuracy
     for title, theirs, ours in zip(('mean IoU', 'pixel accuracy'), PAPER_SCORES.get(benchmark, (None, None)), measured):
@@ -398,23 +405,31 @@ def beside_paper(
     if benchmark.startswith('imagenet_s'): table.caption = "the paper's figure is of the test part"
     return table
 
-# %% ../nbs/13_evaluate.ipynb #dc48e698
+# %% ../nbs/13_evaluate.ipynb #ccb1d8b6
+def load_weights(
+    weights:str|Path, # a published .pt file or name, or a .safetensors file of ours
+    names:list[str], # of the benchmark; a file of ours knows its own, and they may be fewer or in another order
+    device:torch.device|str='cpu',
+)->torch.nn.Module: # in eval mode
+    "A segmenter to be scored on a benchmark."
+    path = find(weights)
+    return load_segmenter(path, device) if path.suffix == '.safetensors' else load_published(path, names, device=device)
+
+# %% ../nbs/13_evaluate.ipynb #d5549292
 def evaluate_published(
     weights:str|Path, # a published .pt file, or a .safetensors file of ours
     benchmark:str, # a name that `load_benchmark` knows
     root:str|Path, # the data root, or the benchmark's own folder
     split:str='val',
-    limit:int|None=None, # mark this many photographs, evenly taken
+    limit:int|None=None, # score on this many photographs, evenly taken
     device:torch.device|str='auto',
     progress:Callable|None=track,
 )->Scores:
-    "Mark published weights on a benchmark. UserError where the file, its number of classes or the dataset does not fit."
+    "Score published weights on a benchmark. UserError where the file, its number of classes or the dataset does not fit."
     device, bench = pick_device(device) if isinstance(device, str) else device, load_benchmark(benchmark, root, split)
-    if Path(weights).suffix == '.safetensors': model = load_segmenter(weights)
-    else: model = load_published(weights, bench.names)
-    return evaluate(model.to(device).eval(), bench, device, limit, progress)
+    return evaluate(load_weights(weights, bench.names, device), bench, device, limit, progress)
 
-# %% ../nbs/13_evaluate.ipynb #8f830d35
+# %% ../nbs/13_evaluate.ipynb #9c941241
 def _fingerprint(model):
     "A hash of a segmenter's names, weights and ways of looking."
     h = hashlib.sha256(repr((list(model.names), getattr(model, 'views', ()), getattr(model, 'edges', None))).encode())
@@ -427,12 +442,12 @@ def _claim(out, made_by):
     record = out.parent/f'{out.name}.made_by.json'
     if record.is_file():
         if read_json(record) == made_by: return
-        raise UserError(f'{out} holds predictions of another segmenter or benchmark. Choose another folder, or delete it and {record}.')
+        raise UserError(f'{out} holds predictions of another segmenter, benchmark or split. Choose another folder, or delete it and {record}.')
     if out.exists() and any(out.iterdir()):
         raise UserError(f'{out} is not empty, and nothing tells whose predictions it holds. Choose another folder.')
     write_json(record, made_by)
 
-# %% ../nbs/13_evaluate.ipynb #fae9eab0
+# %% ../nbs/13_evaluate.ipynb #b3bb8bea
 def export_predictions(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark, # of ImageNet-S, any part of it; its label files are not looked at
@@ -443,7 +458,7 @@ def export_predictions(
 )->int: # photographs that were predicted now
     "Write a label map for each photograph in ImageNet-S's format; run again, it goes on where it stopped."
     out, table = Path(out).expanduser(), _id_table(model, benchmark, device)
-    _claim(out, dict(segmenter=_fingerprint(model), benchmark=benchmark.name))
+    _claim(out, dict(segmenter=_fingerprint(model), benchmark=benchmark.name, photographs=sorted({str(p.parent.parent) for p, _ in benchmark})))
     sweep(out)
     merge = MERGED if benchmark.name == 'imagenet_s919' else {}
     todo = [(p, out/merge.get(p.parent.name, p.parent.name)/f'{p.stem}.png') for p, _ in benchmark]

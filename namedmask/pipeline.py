@@ -10,7 +10,7 @@ __all__ = ['log', 'STAGES', 'digest', 'State', 'check_images', 'Run', 'stage', '
            'run_all', 'run', 'default_split', 'weights_for', 'score_weights', 'export_for_server', 'names_for',
            'judge_experts']
 
-# %% ../nbs/20_pipeline.ipynb #ed940242
+# %% ../nbs/20_pipeline.ipynb #2743cf34
 import hashlib, json, logging, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,12 +25,12 @@ from .core import (RunFolder, UsageError, UserError, list_photos, locked, mask_f
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/20_pipeline.ipynb #7b63dff5
+# %% ../nbs/20_pipeline.ipynb #ab569e50
 def digest(*things) -> str:
     "A short fingerprint of things that JSON can write."
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-# %% ../nbs/20_pipeline.ipynb #4d36650e
+# %% ../nbs/20_pipeline.ipynb #53640e5f
 STAGES = ["retrieval", "saliency", "experts", "distill", "evaluate", "report"]
 
 class State:
@@ -64,12 +64,12 @@ class State:
         self.notes["skipped"] += [dict(photo=s["photo"], reason=s["reason"], stage=stage) for s in skipped]
         write_json(self.path, self.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #6732e9b5
+# %% ../nbs/20_pipeline.ipynb #7568a54e
 def check_images(images: str | Path):
     "A `UserError` unless `images` is a folder."
     if not Path(images).is_dir(): raise UserError(f"There is no folder of photographs {images}. Give one with --images.")
 
-# %% ../nbs/20_pipeline.ipynb #b2fbc723
+# %% ../nbs/20_pipeline.ipynb #f09f8f71
 class Run:
     "A run folder with its settings and its stages."
     def __init__(self, folder: str | Path, settings: Settings | None = None, # None: those in the folder
@@ -110,7 +110,7 @@ class Run:
 
     def __repr__(self): return f"Run({str(self.files.root)!r}, names={self.names}, done={[s for s in STAGES if self.state.notes['stages'].get(s, {}).get('done')]})"
 
-# %% ../nbs/20_pipeline.ipynb #104cd97f
+# %% ../nbs/20_pipeline.ipynb #18aea199
 @contextmanager
 def stage(run: Run, name: str, inputs: str):
     "Run the block as a stage: note its time and what it skipped (the list that it gets), also when it fails."
@@ -124,25 +124,25 @@ def stage(run: Run, name: str, inputs: str):
             done = True
         finally: run.state.end(name, time.monotonic() - t, skipped, done)
 
-# %% ../nbs/20_pipeline.ipynb #08041752
+# %% ../nbs/20_pipeline.ipynb #6debdaea
 def wishes(s: Settings, **without # settings that do not matter here, with a neutral value
            ) -> dict:
     "The settings as a stage's digest has them."
     return {k: list(v.items()) if k == "names" else v for k, v in asdict(replace(s, version="", **without)).items() if v is not None}
 
-# %% ../nbs/20_pipeline.ipynb #7877e4fa
+# %% ../nbs/20_pipeline.ipynb #8a54b1b5
 def encoder_of(s: Settings, device):
     "The image-text encoder that the settings ask for."
     from namedmask.encoders import make_encoder
     return make_encoder(s.stack, device, **(dict(model=s.encoder, pretrained=s.encoder_weights) if s.stack == "paper" else {}))
 
-# %% ../nbs/20_pipeline.ipynb #cf421d9f
+# %% ../nbs/20_pipeline.ipynb #036dc783
 def require_some(archive: dict[str, list[str]]) -> dict[str, list[str]]: # the same
     "A `UserError` for an archive without any photograph."
     if not any(archive.values()): raise UserError("No photograph fits any of the names. Ask for things that are in the photographs, or give more photographs.")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #fff5fa72
+# %% ../nbs/20_pipeline.ipynb #b7cc3a03
 def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other files, with photo and reason
     "The photographs of a run."
     root = Path(run.settings.images)
@@ -150,7 +150,7 @@ def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other
     own = os.path.relpath(run.files.root.resolve(), root.resolve()).replace(os.sep, "/") + "/"
     return [p for p in photos if not p.startswith(own)], [o for o in others if not o["photo"].startswith(own)]
 
-# %% ../nbs/20_pipeline.ipynb #01b2e7aa
+# %% ../nbs/20_pipeline.ipynb #c09ed81a
 def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "Names and photographs → archive.json and retrieval.json."
     from namedmask.retrieval import embed_index, index_from_embeddings, retrieve, signature
@@ -179,7 +179,7 @@ def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relati
         if r["warning"]: log.warning(r["warning"])
     return require_some(archive)
 
-# %% ../nbs/20_pipeline.ipynb #8fd1fcbb
+# %% ../nbs/20_pipeline.ipynb #5aa95723
 def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
     "The archive of a run."
     if not run.files.archive.exists(): raise UserError(f"{run.files.root} has no archive yet. Make it with: namedmask retrieve --run {run.files.root}")
@@ -189,7 +189,7 @@ def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
         raise UserError(f"{run.files.archive} lists photographs outside {root}. Make it anew with: namedmask retrieve --run {run.files.root}")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #17e58aa8
+# %% ../nbs/20_pipeline.ipynb #f614078e
 def strangers_of(run: Run) -> list[str]: # relative paths
     "The photographs of the index that show none of the names."
     notes = read_json(run.files.retrieval)
@@ -197,7 +197,7 @@ def strangers_of(run: Run) -> list[str]: # relative paths
         raise UserError(f"{run.files.retrieval} is damaged. Make it anew with: namedmask retrieve --run {run.files.root}")
     return notes["strangers"]
 
-# %% ../nbs/20_pipeline.ipynb #311f5b15
+# %% ../nbs/20_pipeline.ipynb #bb8dae6d
 def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "`settings.archive` → archive.json, in the order of the run's names."
     from namedmask.retrieval import reroot
@@ -216,7 +216,7 @@ def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relat
         write_archive(run.files.archive, {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()})
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #0c9c28e8
+# %% ../nbs/20_pipeline.ipynb #9c731a3d
 def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
     "The signatures of the archive's photographs. A `UserError` where all of them are gone: then it is the folder that is missing."
     from namedmask.retrieval import signature
@@ -226,13 +226,13 @@ def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
         raise UserError(f"None of the archive's {len(found)} photographs is in {run.settings.images} any more. Bring them back, or start a new run.")
     return found
 
-# %% ../nbs/20_pipeline.ipynb #8d1e0a4f
+# %% ../nbs/20_pipeline.ipynb #39986144
 def lacking(run: Run, stage: str, folder: Path, photos: list[str]) -> list[str]:
     "The photographs that have no mask in `folder` although the stage did not skip them."
     skipped = {s["photo"] for s in run.state.notes["skipped"] if s.get("stage") == stage}
     return [p for p in photos if p not in skipped and not mask_file(folder, p).exists()]
 
-# %% ../nbs/20_pipeline.ipynb #0d1e006a
+# %% ../nbs/20_pipeline.ipynb #6c67aa97
 def run_saliency(run: Run):
     "The archive's photographs → class-agnostic masks."
     from namedmask.saliency import save_saliency
@@ -246,7 +246,7 @@ def run_saliency(run: Run):
         else: skipped += save_saliency(photos, s.images, run.files.saliency, make_detector(s, run.device))
         if not any(mask_file(run.files.saliency, p).exists() for p in photos): raise UserError("No saliency mask could be made: none of the archive's photographs can be read any more.")
 
-# %% ../nbs/20_pipeline.ipynb #fbe7f2d5
+# %% ../nbs/20_pipeline.ipynb #89318b69
 def make_detector(s: Settings, device):
     "The saliency detector that the settings ask for."
     if s.stack == "paper":
@@ -256,7 +256,7 @@ def make_detector(s: Settings, device):
     from namedmask.spectral import SpectralDetector
     return SpectralDetector(device=device)
 
-# %% ../nbs/20_pipeline.ipynb #180d1ea1
+# %% ../nbs/20_pipeline.ipynb #dba82b7c
 def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     "A mask of a picture as it is stored, turned as EXIF turns the photograph. One of another size is left as it is."
     from PIL import Image, ImageOps
@@ -268,7 +268,7 @@ def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     lying.getexif()[0x0112] = orientation
     return np.asarray(ImageOps.exif_transpose(lying)) > 0
 
-# %% ../nbs/20_pipeline.ipynb #9ada0025
+# %% ../nbs/20_pipeline.ipynb #660fd96d
 def import_masks(folder: Path, # of the masks
                  root: str | Path, photos: list[str], # the photographs, relative to `root`
                  out: Path):
@@ -283,7 +283,7 @@ def import_masks(folder: Path, # of the masks
     for p, f in found.items():
         if not mask_file(out, p).exists(): write_mask(mask_file(out, p), turned(read_mask(f), Path(root) / p))
 
-# %% ../nbs/20_pipeline.ipynb #4dde01b5
+# %% ../nbs/20_pipeline.ipynb #c3df8112
 def recipes(s: Settings): # → augment and recipe of the distillation; augment, recipe of an expert, and of the warm start
     "What the settings mean for the trainings."
     from namedmask.copy_paste import Augment
@@ -295,7 +295,7 @@ def recipes(s: Settings): # → augment and recipe of the distillation; augment,
     warm = replace(expert, steps=s.warm_steps, lr=2 * s.expert_lr, backbone_lr=2 * s.expert_backbone_lr)
     return augment, recipe, replace(augment, scale=tuple(s.expert_scale), max_n_masks=1, negatives=0.0), expert, warm
 
-# %% ../nbs/20_pipeline.ipynb #7c27c302
+# %% ../nbs/20_pipeline.ipynb #db668475
 def start_of(s: Settings):
     "→ a function: number of classes → the network to train."
     from namedmask.deeplab import make_segmenter
@@ -303,14 +303,14 @@ def start_of(s: Settings):
     pretrained = find(s.backbone) if s.backbone else True
     return lambda n_classes: make_segmenter(s.arch, n_classes, pretrained)
 
-# %% ../nbs/20_pipeline.ipynb #876c2c82
+# %% ../nbs/20_pipeline.ipynb #9c7b1947
 def need(run: Run, name: str):
     "A `UserError` unless the stage `name` is done."
     if not run.state.notes["stages"].get(name, {}).get("done"):
         command = dict(retrieval="retrieve").get(name, name)
         raise UserError(f"The stage before this one is not done. Run it first: namedmask {command} --run {run.files.root}")
 
-# %% ../nbs/20_pipeline.ipynb #80e214cf
+# %% ../nbs/20_pipeline.ipynb #092b4fb4
 def whole(file: Path) -> bool:
     "Whether a .safetensors file is there and as long as its header says."
     from safetensors import SafetensorError, safe_open
@@ -318,7 +318,7 @@ def whole(file: Path) -> bool:
         with safe_open(file, "pt"): return True
     except (SafetensorError, OSError): return False
 
-# %% ../nbs/20_pipeline.ipynb #271b7e0e
+# %% ../nbs/20_pipeline.ipynb #e5944edb
 def run_expert_stage(run: Run):
     "Saliency masks → expert masks."
     from namedmask.experts import run_experts
@@ -338,22 +338,31 @@ def run_expert_stage(run: Run):
             return
         for file in run.files.experts.glob("*.safetensors"):
             if not whole(file): file.unlink()         # it is trained again
-        if s.expert_weights: import_experts(s.expert_weights, list(archive), run.files.experts)
+        if s.expert_weights and (without := import_experts(s.expert_weights, list(archive), run.files.experts)):
+            log.warning("%s has no expert of %s: %s trained", s.expert_weights, ", ".join(without), "it is" if len(without) == 1 else "they are")
         start = start_of(s)
         skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, augment,
                                warm=warm if s.warm_steps else None, start=lambda: start(2), seed=s.seed, device=run.device, **how)
 
-# %% ../nbs/20_pipeline.ipynb #337e77ca
-def import_experts(folder: str | Path, # holds expert_{name}.pt
-                   names: list[str], out: Path):
-    "Experts trained elsewhere → the run's folder of experts. A name whose file is not there is trained."
+# %% ../nbs/20_pipeline.ipynb #f2cb48f5
+def import_experts(source: str | Path, # a folder of expert_{name}.pt, also each in a folder of its own; or "experts": those that are published
+                   names: list[str], out: Path
+                   ) -> list[str]: # the names that have none, and are to be trained
+    "Experts trained elsewhere → the run's folder of experts."
     from namedmask.deeplab import load_published, save_segmenter
-    if not Path(folder).is_dir(): raise UserError(f"There is no folder of expert weights {folder}.")
+    from namedmask.weights import PUBLISHED, find
+    if str(source) != "experts" and not Path(source).is_dir(): raise UserError(f"There is no folder of expert weights {source}. Give one, or `experts` for those that are published.")
+    lacking = []
     for name in names:
-        source, target = Path(folder) / f"expert_{slug(name)}.pt", out / f"{slug(name)}.safetensors"
-        if source.is_file() and not target.exists(): save_segmenter(target, load_published(source, [name]), [name])
+        stem, target = f"expert_{slug(name)}", out / f"{slug(name)}.safetensors"
+        if target.exists(): continue
+        if str(source) == "experts": file = find(stem) if stem in PUBLISHED else None
+        else: file = next((f for d in ("", stem) if (f := Path(source) / d / f"{stem}.pt").is_file()), None)
+        if file: save_segmenter(target, load_published(file, [name]), [name])
+        else: lacking.append(name)
+    return lacking
 
-# %% ../nbs/20_pipeline.ipynb #4f4f2291
+# %% ../nbs/20_pipeline.ipynb #4a5cccb0
 def run_distill(run: Run):
     "Masks and names → segmenter.safetensors."
     from namedmask.copy_paste import make_items
@@ -374,7 +383,7 @@ def run_distill(run: Run):
         distill(items, run.names, run.files.root, recipe, augment, none, start_of(s), s.seed, run.device, marks_of(run), meta=dict(stack=s.stack), views=views_of(run, archive), edges=s.edges or None,
                 hold=0 if s.benchmark else 10)
 
-# %% ../nbs/20_pipeline.ipynb #aeab1f1f
+# %% ../nbs/20_pipeline.ipynb #ab4ffae2
 def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest sides, in pixels; empty: a photograph's own
     "At which sizes the segmenter is to look at photographs: `settings.views` times the usual longest side of the archive's."
     from namedmask.copy_paste import Augment
@@ -386,7 +395,7 @@ def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest si
         except OSError: pass                          # gone or broken since; the training tells
     return [round(v * min(float(np.median(sides)), Augment.side)) for v in run.settings.views] if sides else []
 
-# %% ../nbs/20_pipeline.ipynb #d02ffb29
+# %% ../nbs/20_pipeline.ipynb #891b17c3
 def marks_of(run: Run):
     "→ a function: model → scores on the run's benchmark; None where it has none."
     s = run.settings
@@ -399,7 +408,7 @@ def marks_of(run: Run):
         return dict(miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
     return marks
 
-# %% ../nbs/20_pipeline.ipynb #c5772fcd
+# %% ../nbs/20_pipeline.ipynb #dd1a3bdb
 def run_evaluation(run: Run):
     "The segmenter → its scores on the run's benchmark, if it has one."
     s = run.settings
@@ -410,13 +419,13 @@ def run_evaluation(run: Run):
     with stage(run, "evaluate", inputs): scores = run.evaluate(s.benchmark, s.root, s.split, keep=False)
     run.keep_scores(s.benchmark, scores)
 
-# %% ../nbs/20_pipeline.ipynb #91683dc4
+# %% ../nbs/20_pipeline.ipynb #5a512c86
 def run_report(run: Run) -> Path:
     "All of it → report.html. Works at any point of a run."
     from namedmask.report import write_report
     with stage(run, "report", ""): return write_report(run.files, run.device)
 
-# %% ../nbs/20_pipeline.ipynb #a1a89e3c
+# %% ../nbs/20_pipeline.ipynb #84430055
 def run_all(run: Run) -> Run:
     "Every stage that is not done yet, then the report."
     run_retrieval(run)
@@ -427,7 +436,7 @@ def run_all(run: Run) -> Run:
     run_report(run)
     return run
 
-# %% ../nbs/20_pipeline.ipynb #ffa96d3c
+# %% ../nbs/20_pipeline.ipynb #72fd0e81
 def run(images: str | Path | None = None, # the folder of photographs
         names=None, # "cat, dog", a text file, or a list
         out: str | Path | None = None, # the run folder; with a configuration, default: runs/CONFIG
@@ -444,7 +453,7 @@ def run(images: str | Path | None = None, # the folder of photographs
     made = make_settings(settings | dict(root=root and str(root))) if config is None else settings_of(config, root, **settings)
     return run_all(Run(out or Path("runs") / Path(config).stem, made, device, fresh))
 
-# %% ../nbs/20_pipeline.ipynb #4d8abf14
+# %% ../nbs/20_pipeline.ipynb #98bb8fa1
 @patch
 def segmenter(self: Run):
     "The trained network, in eval mode."
@@ -452,7 +461,7 @@ def segmenter(self: Run):
     if not self.files.segmenter.exists(): raise UserError(f"{self.files.root} has no segmenter yet. Go on with: namedmask distill --run {self.files.root}")
     return load_segmenter(self.files.segmenter, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #9014a8b4
+# %% ../nbs/20_pipeline.ipynb #ca8ab6d9
 @patch
 def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     "Segment one photograph: 0 is background; 1, 2, … are the names in order."
@@ -461,7 +470,7 @@ def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     if not hasattr(self, "_model"): self._model = self.segmenter()
     return predict(self._model, read_photo(photo) if isinstance(photo, (str, Path)) else photo, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #71ddde3f
+# %% ../nbs/20_pipeline.ipynb #aa86233b
 @patch
 def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: int | None = None, keep: bool = True):
     "Score the segmenter on those of a benchmark's names that the run has; `keep` the scores for the report (never those of a part, `limit`)."
@@ -473,7 +482,7 @@ def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: in
         except UserError as error: log.warning("The scores are not kept for the report: %s", error)
     return scores
 
-# %% ../nbs/20_pipeline.ipynb #21d40b8c
+# %% ../nbs/20_pipeline.ipynb #52fea79c
 @patch
 def keep_scores(self: Run, benchmark: str, scores):
     "Note scores in `state.json`, for the report."
@@ -482,18 +491,18 @@ def keep_scores(self: Run, benchmark: str, scores):
         self.state.notes["scores"][benchmark] = scores.to_json()
         write_json(self.files.state, self.state.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #88c4f472
+# %% ../nbs/20_pipeline.ipynb #497cd87a
 def default_split(benchmark: str) -> str:
-    "The part of a benchmark that it is marked on."
+    "The part of a benchmark that is scored."
     return "all" if benchmark == "coca" else "val"
 
-# %% ../nbs/20_pipeline.ipynb #05c96d28
+# %% ../nbs/20_pipeline.ipynb #961f2da2
 def weights_for(run: str | Path | None, weights: str | Path | None, benchmark, device):
     "The segmenter of a run, or of a file whose classes are the benchmark's."
     from namedmask.deeplab import load_published
     return Run(run, device=device).segmenter() if run is not None else load_published(weights, benchmark.names, device=pick_device(device))
 
-# %% ../nbs/20_pipeline.ipynb #c0d1ca23
+# %% ../nbs/20_pipeline.ipynb #f14f985d
 def score_weights(weights: str | Path, # a file, or a published name
                   benchmark: str, root=None, split: str | None = None, limit: int | None = None, device: str = "auto"):
     "Scores of weights from elsewhere. Raises `UserError` where the file, its number of classes or the dataset does not fit."
@@ -501,7 +510,7 @@ def score_weights(weights: str | Path, # a file, or a published name
     from namedmask.weights import find
     return evaluate_published(find(weights), benchmark, root, split or default_split(benchmark), limit, device)
 
-# %% ../nbs/20_pipeline.ipynb #edfcef00
+# %% ../nbs/20_pipeline.ipynb #f051654d
 def export_for_server(run, weights, benchmark: str, root, split: str, out: Path, device: str = "auto", limit: int | None = None) -> int: # photographs written now
     "Predictions on ImageNet-S in the format of its evaluation server."
     from namedmask.benchmarks import load_benchmark
@@ -512,13 +521,13 @@ def export_for_server(run, weights, benchmark: str, root, split: str, out: Path,
     model = weights_for(run, weights, bench, device)
     return export_predictions(model, bench, out, next(model.parameters()).device)
 
-# %% ../nbs/20_pipeline.ipynb #7377f436
+# %% ../nbs/20_pipeline.ipynb #adfd5241
 def names_for(names: str | None, benchmark: str | None, root) -> list[str] | None:
     "The names of a published segmenter's classes: as given, or a benchmark's."
     from namedmask.benchmarks import load_benchmark
     return list(read_names(names)) if names else load_benchmark(benchmark, root, default_split(benchmark)).names if benchmark else None
 
-# %% ../nbs/20_pipeline.ipynb #e67f1d69
+# %% ../nbs/20_pipeline.ipynb #53ffdae5
 def judge_experts(run: Run, benchmark: str, root=None, split: str = "train", limit: int | None = None # photographs of a name, at most
                   ) -> dict[str, tuple[float | None, int]]: # name → mean binary IoU, photographs; None and 0 where there is none
     "How good each expert is on the labelled photographs that show its name."

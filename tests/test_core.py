@@ -340,7 +340,7 @@ def test_files_and_folders_in_each_others_place(tmp_path):
 
 
 def test_the_sweep_takes_litter_alone(tmp_path):
-    for p in (".writing-a.tmp", "masks/saliency/.writing-b.tmp", "masks/a.jpg.json", ".lock", "writing-c.tmp"):
+    for p in (".writing-a-.tmp", "masks/saliency/.writing-999999999-b.tmp", "masks/a.jpg.json", ".lock", "writing-c.tmp"):
         (tmp_path / p).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / p).touch()
     sweep(tmp_path)

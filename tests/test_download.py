@@ -22,7 +22,7 @@ def zip_bytes(*members, compress=zipfile.ZIP_DEFLATED):
 
 WEIGHT = zip_bytes(("w/data.pkl", b"a pickle"), ("w/data/0", os.urandom(3_000_000)), compress=zipfile.ZIP_STORED)
 MASKS = zip_bytes(("n01440764/n01440764_1.json", '{"size": [2, 2], "counts": "04"}'), ("n01440764/", ""), ("./n02/a b/ö.json", "{}"))
-ARCHIVE = json.dumps({"cat": ["a.jpg", "b.jpg"]}).encode()
+ARCHIVE = json.dumps({"cat": ["n/a.jpg", "n/b.jpg"]}).encode()
 BODY = {"w.pt": WEIGHT, "masks.zip": MASKS, "archive.json": ARCHIVE}
 HTML = b"<!DOCTYPE html><html><head><title>404</title></head><body>The page is gone</body></html>"
 
@@ -119,7 +119,7 @@ def test_a_zip_becomes_a_folder(server):
     assert get("masks", offline=True) == folder
 
 
-def test_an_archive(server): assert json.loads(get("archive").read_text()) == {"cat": ["a.jpg", "b.jpg"]}
+def test_an_archive(server): assert json.loads(get("archive").read_text()) == {"cat": ["n/a.jpg", "n/b.jpg"]}
 
 
 # ---- going on
@@ -565,10 +565,151 @@ def test_download_several(server):
     with pytest.raises(UserError, match="no group"): fetch_group("nonsense")
 
 
-def test_an_unreachable_server_ends_it_at_once(server):
+def test_an_unreachable_server_is_not_asked_again(server):
     server.act = lambda h: h.give(b"", 500)
-    with pytest.raises(Unreachable): download("tests", tries=1, pause=0)
-    assert len(server.asked) == 1
+    with pytest.raises(UserError, match="answers 500") as error: download("tests", tries=1, pause=0)
+    assert len(server.asked) == 1 and str(error.value).count("was not asked for: host.example cannot be reached") == 2
+
+
+def test_a_dead_server_does_not_hide_the_others(server, monkeypatch):
+    "What succeeds is told as it is there; what fails is told together, at the end."
+    monkeypatch.setitem(PUBLISHED, "masks", Published("tests", "https://other.example/masks.zip", "masks"))
+    def some(h):
+        if "other.example" in h.path: return h.good()
+        h.give(b"", 500)
+    server.act, told = some, []
+    with pytest.raises(UserError) as error: download("tests", lambda *x: told.append(x), tries=1, pause=0)
+    assert told == [("masks", published_path("masks").with_suffix(""))]
+    assert "answers 500" in str(error.value) and "archive was not asked for: host.example cannot be reached" in str(error.value)
+
+
+@pytest.mark.parametrize("trick", ["headers", "continue", "redirect", "chunk line"])
+def test_a_server_that_keeps_one_waiting(server, trick):
+    "A byte now and then in headers, promises to answer, a redirect or a chunk's length: none resets the clock."
+    def drip(h):
+        try:
+            if trick == "redirect" and h.path.endswith("w.pt"):
+                h.send_response(302); h.send_header("Location", h.path + "/next.pt"); h.end_headers()
+                for _ in range(100): h.wfile.write(b"x" * 1000); time.sleep(.02)
+            elif trick == "continue":
+                for _ in range(100): h.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n"); time.sleep(.05)
+            elif trick == "chunk line":
+                h.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n" + WEIGHT[:4] + b"\r\n")
+                for _ in range(100): h.wfile.write(b"0"); time.sleep(.05)
+            else:
+                h.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                for _ in range(100): h.wfile.write(b"X-a: b\r\n"); time.sleep(.05)
+        except OSError: pass
+        h.close_connection = True
+    server.act, start = drip, time.monotonic()
+    assert "stalls" in fails("stalls", kind=Unreachable) or trick == "redirect"
+    assert time.monotonic() - start < 4
+
+
+def test_a_stream_without_end(server, monkeypatch):
+    "Far more than was published is not believed, told or not; and what nothing could go on from is not left on the disk."
+    monkeypatch.setitem(PUBLISHED, "w", Published("tests", "https://host.example/some/w.pt", "w", size=1000))
+    def endless(h):
+        h.send_response(200); h.end_headers()
+        try:
+            h.wfile.write(WEIGHT)
+            while True: h.wfile.write(bytes(2**20))
+        except OSError: pass
+        h.close_connection = True
+    server.act = endless
+    fails("far longer than the file that was published")
+    assert not published_path("w").with_name("w.pt.part").exists()
+    server.act = lambda h: h.give(WEIGHT, Content_Length=str(10**9))
+    fails("far longer than the file that was published")
+
+
+def test_answers_in_parts(server):
+    "A server may give less than was asked for, as long as it says so; each part is progress."
+    def capped(h):
+        start = int(h.headers.get("Range", "bytes=0-")[6:-1])
+        stop = min(start + 300_000, len(h.body))
+        if not start: return h.give(h.body, cut=300_000, ETag='"v1"')
+        h.give(h.body[start:stop], 206, ETag='"v1"', Content_Range=f"bytes {start}-{stop - 1}/{len(h.body)}")
+    server.act = capped
+    assert get(tries=2).read_bytes() == WEIGHT and len(server.asked) == 1 + -(-(len(WEIGHT) - 300_000) // 300_000)
+
+
+def test_more_than_was_promised(server):
+    "Bytes beyond the end that was told are no part of the file."
+    def long(h):
+        start = int(h.headers.get("Range", "bytes=0-")[6:-1])
+        if not start: return h.give(h.body, cut=300_000, ETag='"v1"')
+        h.give(h.body[start:] + b"more", 206, ETag='"v1"', Content_Range=f"bytes {start}-{len(h.body) - 1}/{len(h.body)}")
+    server.act = long
+    assert get().read_bytes() == WEIGHT
+
+
+def test_an_old_checkpoint_that_was_cut(server, monkeypatch):
+    "The format before PyTorch 1.6 has no table of contents: that its numbers are all there shows when they are read."
+    import torch
+    out = io.BytesIO(); torch.save(dict(a=torch.rand(300_000)), out, _use_new_zipfile_serialization=False)
+    monkeypatch.setitem(BODY, "w.pt", out.getvalue()[:900_000])
+    server.act = lambda h: h.give(h.body, length=False)
+    fails("damaged or not whole")
+    assert not record_path(published_path("w")).exists()
+    monkeypatch.setitem(BODY, "w.pt", out.getvalue())
+    server.act = None
+    assert get().stat().st_size == len(out.getvalue())
+
+
+def test_a_broken_table_of_contents(server, monkeypatch):
+    "A zip file whose table of contents would begin before the file does: damaged, and fetched again the next time."
+    i = MASKS.index(b"PK\5\6")
+    monkeypatch.setitem(BODY, "masks.zip", MASKS[:i + 16] + b"\xf0\xff\xff\x7f" + MASKS[i + 20:])
+    fails("damaged or not whole", "masks")
+    monkeypatch.setitem(BODY, "masks.zip", MASKS)
+    assert get("masks").is_dir()
+
+
+def test_a_checkpoint_that_swells(server, monkeypatch, tmp_path):
+    from namedmask.weights import read_weights
+    bomb = zip_bytes(("w/data.pkl", b"x"), ("w/data/0", bytes(2**27)))
+    monkeypatch.setitem(BODY, "w.pt", bomb)
+    fails("archive bomb")
+    (tmp_path / "mine.pt").write_bytes(bomb)
+    with pytest.raises(UserError, match="archive bomb"): read_weights(tmp_path / "mine.pt")
+
+
+@pytest.mark.parametrize("name, body", [("archive", b"{}"), ("archive", b'{"error": []}'), ("archive", b'{"error": ["no such key"]}'), ("archive", b'{"a": ["n/a.jpg"], "a": ["n/b.jpg"]}'),
+                                        ("masks", zip_bytes()), ("w", zip_bytes(("readme.txt", "nothing here")))])
+def test_nothing_in_it(server, monkeypatch, name, body):
+    monkeypatch.setitem(BODY, PUBLISHED[name].file, body)
+    fails("damaged or not whole", name)
+    assert not record_path(published_path(name)).exists()
+
+
+def test_a_broken_record_costs_no_download(server):
+    record = record_path(published_path("w"))
+    record.parent.mkdir(parents=True); record.write_text("")
+    with pytest.raises(UserError, match="is damaged. Delete it"): get()
+    assert not server.asked
+    record.unlink()
+    assert get().exists()
+
+
+def test_what_came_is_kept_where_its_record_cannot_be_written(server, monkeypatch):
+    def full(path, value, **kw):
+        if path.name.endswith(".sha256.json"): raise UserError(f"Cannot write {path}: no space left")
+        return real(path, value, **kw)
+    real = weights.write_json
+    monkeypatch.setattr(weights, "write_json", full)
+    with pytest.raises(UserError, match="no space left"): get()
+    monkeypatch.setattr(weights, "write_json", real)
+    assert get().read_bytes() == WEIGHT and len(server.asked) == 1
+
+
+def test_another_version_of_a_zip_is_unpacked_anew(server, monkeypatch):
+    old = get("masks")
+    monkeypatch.setitem(BODY, "masks.zip", zip_bytes(("n01440764/n01440764_1.json", "new")))
+    published_path("masks").unlink(); record_path(published_path("masks")).unlink()
+    assert get("masks") == old and [p.read_text() for p in old.rglob("*.json")] == ["new"]
+    published_path("masks").write_bytes(MASKS); record_path(published_path("masks")).unlink()      # by hand
+    assert len(list(get("masks").rglob("*.json"))) == 2
 
 
 def test_the_table(server):

@@ -15,7 +15,7 @@ from namedmask.benchmarks import MERGED, VOC_NAMES, Benchmark
 from namedmask.core import BadPhoto, UserError
 from namedmask.deeplab import make_segmenter
 from namedmask.evaluate import (PAPER_SCORES, map_ahead, beside_paper, by_size, confusion, contenders, evaluate, evaluate_published,
-                                export_predictions, label_maps, largest, plot_confusion, plot_iou, score_table, scores_of, whole_logits)
+                                export_predictions, label_maps, largest, plot_confusion, plot_iou, score_table, scores_of, to_input, whole_logits)
 
 SHARED = Path(os.environ.get("NAMEDMASK_SHARED", Path(__file__).parents[2] / "shared"))
 GOLDEN = SHARED / "golden/metrics.npz"
@@ -124,6 +124,42 @@ def test_imagenet_s_as_its_own_evaluator(tmp_path):
     assert f"ImageNet-S FMeasure {100 * s.imagenet_s['FMeasure']:.1f}" in " ".join(console.file.getvalue().replace("│", " ").split())
 
 
+def test_names_with_brackets(bench):
+    "Rich takes [x] for markup."
+    s = evaluate(Bands(["[/a]", "b [c]", "[red]"]), replace(bench, names=["[/a]", "b [c]", "[red]"]), progress=None)
+    console = Console(width=90, file=io.StringIO()); console.print(score_table(s, "[/x]")); console.print(beside_paper(s, "[/x]", "[/y]"))
+    for text in ("[/a]", "b [c]", "[red]", "[/x]", "[/y]"): assert text in console.file.getvalue()
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "tf_efficientnet_lite0"])
+def test_small_photographs_as_the_network_sees_them(arch):
+    "The paper's network takes any size as it is; others get a margin, which is cut off again."
+    torch.manual_seed(0)
+    model = make_segmenter(arch, 4, pretrained=False).eval(); model.names = list("abc")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8))
+    with torch.no_grad():
+        own = label_maps(model, [photo])[0]
+        assert own.shape == (15, 20) and torch.equal(own, whole_logits(model, photo).argmax(0))
+        if arch == "resnet50": assert torch.equal(own, model(to_input(photo, model))[0].argmax(0))
+
+
+def test_a_file_of_ours_knows_its_names(tmp_path):
+    "Scored or exported, by name and not by place: a head in another order with its names gives the same."
+    from namedmask.deeplab import save_segmenter
+    from namedmask.evaluate import load_weights
+    torch.manual_seed(0)
+    model = make_segmenter("resnet50", 4, pretrained=False).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    head, order = model.classifier.classifier[-1], [0, 3, 2, 1]
+    with torch.no_grad(): head.weight.copy_(head.weight[order]); head.bias.copy_(head.bias[order])
+    save_segmenter(tmp_path / "b.safetensors", model, ["c", "b", "a"])
+    photos = [(painted(tmp_path, np.random.default_rng(k).integers(0, 20, (40, 50)), f"{k}.jpg"), lambda: np.zeros((40, 50), np.uint8)) for k in range(2)]
+    bench = Benchmark("imagenet_s50", list("abc"), photos)
+    for file in "a.pt", "b.safetensors": export_predictions(load_weights(tmp_path / file, bench.names), bench, tmp_path / file[0], progress=None)
+    files = sorted((tmp_path / "a").rglob("*.png"))
+    assert len(files) == 2 and all(f.read_bytes() == (tmp_path / "b" / f.relative_to(tmp_path / "a")).read_bytes() for f in files)
+
+
 def test_ids_go_by_name(bench):
     "A segmenter with other ids, other spelling and an unknown name: unknown predictions are background."
     class Other(Bands):
@@ -135,7 +171,7 @@ def test_ids_go_by_name(bench):
 
 def test_json_is_exact_and_plain(bench):
     d = evaluate(Bands("abc"), replace(bench, names=["a", "b", "c", "never"]), progress=None).to_json()
-    assert list(d) == ["miou", "miou_present", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "iou"]
+    assert list(d) == ["miou", "miou_present", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "iou", "photos"] and d["photos"] == 4
     assert d["iou"]["never"] is None and list(d["iou"]) == ["background", "a", "b", "c", "never"]
     assert json.loads(json.dumps(d, allow_nan=False)) == d
 
@@ -430,6 +466,8 @@ def test_export_goes_on_after_a_kill(tmp_path, imagenet_s):
         {f.relative_to(tmp_path / "unbroken"): f.read_bytes() for f in (tmp_path / "unbroken").rglob("*.png")}
     with pytest.raises(UserError, match="another segmenter"):
         export_predictions(Wide(bench.names), replace(bench, name="imagenet_s50"), out)
+    other = [(Path("/elsewhere/test") / p.parent.name / p.name, l) for p, l in bench]
+    with pytest.raises(UserError, match="or split"): export_predictions(Wide(bench.names), replace(bench, pairs=other), out)
     (tmp_path / "strange").mkdir(); (tmp_path / "strange/x.png").touch()
     with pytest.raises(UserError, match="not empty"): export_predictions(Wide(bench.names), bench, tmp_path / "strange")
 
