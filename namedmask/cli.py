@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'RunDir', 'Device', 'polite', 'version', 'common', 'tell_skipped', 'run_command', 'stage_command', 'saliency',
-           'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
+           'check_output', 'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
 
-# %% ../nbs/21_cli.ipynb #cfb7f1b8
-import functools, logging, os, sys
+# %% ../nbs/21_cli.ipynb #befd02a6
+import functools, logging, os, sys, tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Optional
@@ -16,9 +16,9 @@ import typer
 from typing_extensions import Annotated
 
 from . import __version__
-from .core import UsageError, UserError, write_json
+from .core import UsageError, UserError, is_offline, write_error, write_json
 
-# %% ../nbs/21_cli.ipynb #5cd0c573
+# %% ../nbs/21_cli.ipynb #35fe2f9e
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
     help="**NamedMask**: category names and unlabelled photographs in, a network that segments and names those things out.\n\n"
          "Start with a folder of photographs and some names:\n\n"
@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
          "`namedmask predict --run runs/pets photos --out masks --format overlay`\n\n"
          "A command that was stopped, or killed, goes on where it was when it is given again.")
 
-# %% ../nbs/21_cli.ipynb #95fd1b3a
+# %% ../nbs/21_cli.ipynb #44d5a6e6
 def polite(command):
     "Failures as one line and an exit code."
     @functools.wraps(command)
@@ -40,7 +40,7 @@ def polite(command):
         raise typer.Exit(code)
     return wrapped
 
-# %% ../nbs/21_cli.ipynb #d8e5c108
+# %% ../nbs/21_cli.ipynb #9507306e
 RunDir = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -56,16 +56,15 @@ def common(
     offline: Annotated[bool, typer.Option("--offline", help="Forbid the network, as NAMEDMASK_OFFLINE=1 does: what is not on this machine is an error.")] = False,
 ):
     if offline: os.environ["NAMEDMASK_OFFLINE"] = "1"
-    from namedmask.weights import is_offline
     if is_offline(): os.environ["HF_HUB_OFFLINE"] = "1"
 
-# %% ../nbs/21_cli.ipynb #36ae3319
+# %% ../nbs/21_cli.ipynb #e68df6d9
 def tell_skipped(skipped: list[dict] # of photo and reason
                  ):
     "A line on stderr for each photograph that was passed over; odd characters in its name are written out."
     for s in skipped: typer.echo(f"skipped {s['photo'] if s['photo'].isprintable() else ascii(s['photo'])}: {s['reason']}", err=True)
 
-# %% ../nbs/21_cli.ipynb #37a4cde3
+# %% ../nbs/21_cli.ipynb #4dc3c5d3
 @app.command("run")
 @polite
 def run_command(
@@ -95,7 +94,7 @@ def run_command(
     done = run(images, names, out, device, fresh, config, root, **settings)
     typer.echo(f"Segmenter: {done.files.segmenter}\nReport:    {done.files.report}")
 
-# %% ../nbs/21_cli.ipynb #d7f65643
+# %% ../nbs/21_cli.ipynb #50f2285b
 def stage_command(name: str, function: str, text: str):
     "A command that runs one stage of a run folder."
     def command(run: RunDir, device: Device = "auto"):
@@ -109,7 +108,7 @@ for args in [("retrieve", "run_retrieval", "First stage: which photographs show 
              ("distill", "run_distill", "Fourth stage: train the segmenter on the masks, by copy-paste."),
              ("report", "run_report", "Write report.html, of a finished run or of one under way.")]: stage_command(*args)
 
-# %% ../nbs/21_cli.ipynb #dbee9d51
+# %% ../nbs/21_cli.ipynb #6f71ca72
 @app.command()
 @polite
 def saliency(
@@ -133,14 +132,23 @@ def saliency(
     tell_skipped(skipped)
     typer.echo(f"Masks: {out}" + (f" ({len(skipped)} files skipped)" if skipped else ""))
 
-# %% ../nbs/21_cli.ipynb #8bccaaf9
+# %% ../nbs/21_cli.ipynb #916c93f8
+def check_output(path: Path):
+    "Raise `UserError` where a file cannot be written."
+    if path.is_dir(): raise UserError(f"{path} is a folder. Give a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent): pass
+    except OSError as error: raise write_error(path, error) from None
+
+# %% ../nbs/21_cli.ipynb #f0e222ec
 @app.command()
 @polite
 def experts(
     run: RunDir,
     judge: Annotated[Optional[str], typer.Option(metavar="BENCHMARK", help="Afterwards judge each expert on the photographs of a benchmark that show its name.", show_default=False)] = None,
     root: Annotated[Optional[Path], typer.Option(help="With --judge: the data root, or the benchmark's own folder.", show_default=False)] = None,
-    split: Annotated[str, typer.Option(help="With --judge: which part of the benchmark.")] = "train",
+    split: Annotated[Optional[str], typer.Option(help="With --judge: which part of the benchmark. [default: train of voc2012 and cityscapes, else the part that is scored]", show_default=False)] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="With --judge: only so many photographs of a name.", show_default=False)] = None,
     json: Annotated[Optional[Path], typer.Option(help="With --judge: write the figures here, too.", show_default=False)] = None,
     device: Device = "auto",
@@ -148,14 +156,16 @@ def experts(
     "Third stage: a small network for each name refines its masks."
     from namedmask import pipeline
     r = pipeline.Run(run, device=device)
+    bench = pipeline.bench_for_experts(r, judge, root, split) if judge else None     # before hours of training
+    if json: check_output(json)
     pipeline.run_expert_stage(r)
     typer.echo(r)
-    if judge is None: return
-    judged = pipeline.judge_experts(r, judge, root, split, limit)
+    if bench is None: return
+    judged = pipeline.judge_experts(r, bench, limit)
     for name, (iou, n) in judged.items(): typer.echo(f"{name:24} {'no photograph' if iou is None else f'{100 * iou:5.1f}  over {n} photographs'}")
     if json: write_json(json, {name: iou for name, (iou, _) in judged.items()}, indent=1)
 
-# %% ../nbs/21_cli.ipynb #03d678e0
+# %% ../nbs/21_cli.ipynb #71eb5604
 class Format(str, Enum):
     "What `predict` writes."
     png = "png"
@@ -163,7 +173,7 @@ class Format(str, Enum):
     coco = "coco"
     npz = "npz"
 
-# %% ../nbs/21_cli.ipynb #dad4f578
+# %% ../nbs/21_cli.ipynb #8c53c7f6
 @app.command()
 @polite
 def predict(
@@ -182,7 +192,7 @@ def predict(
     typer.echo(f"{len(result.done)} photographs segmented in {out}" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
     if result.skipped and not result.done: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #c97f39a4
+# %% ../nbs/21_cli.ipynb #cb793ed5
 @app.command()
 @polite
 def evaluate(
@@ -201,17 +211,18 @@ def evaluate(
     if export is not None and json is not None: raise typer.BadParameter("--export writes predictions and no scores, so it goes without --json")
     from rich.console import Console
     from namedmask.pipeline import Run, default_split, score_weights
-    split = split or default_split(benchmark)
+    split = split or ("test" if export and benchmark.startswith("imagenet_s") else default_split(benchmark))
+    if json: check_output(json)
     if export is not None:
         from namedmask.pipeline import export_for_server
         return typer.echo(f"{export_for_server(run, weights, benchmark, root, split, export, device, limit)} predictions in {export}")
     from namedmask.evaluate import beside_paper, score_table
     scores = Run(run, device=device).evaluate(benchmark, root, split, limit) if run else score_weights(weights, benchmark, root, split, limit, device)
+    if json: write_json(json, dict(benchmark=benchmark, split=split, **scores.to_json()), indent=1)
     Console().print(score_table(scores, benchmark))
-    if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {limit} photographs' if limit else ''}"))
-    if json: write_json(json, scores.to_json(), indent=1)
+    if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {scores.photos} photographs' if limit else ''}"))
 
-# %% ../nbs/21_cli.ipynb #80a28426
+# %% ../nbs/21_cli.ipynb #27e4a526
 @app.command()
 @polite
 def download(
@@ -223,9 +234,9 @@ def download(
     if not what:
         from rich.console import Console
         return Console().print(downloads_table())
-    for name, path in download(what, offline=offline).items(): typer.echo(f"{name}: {path}")
+    download(what, lambda name, path: typer.echo(f"{name}: {path}"), offline=offline)
 
-# %% ../nbs/21_cli.ipynb #d7aab6b5
+# %% ../nbs/21_cli.ipynb #08adfbf0
 @app.command()
 @polite
 def convert(
@@ -241,7 +252,7 @@ def convert(
     convert(source, target, names_for(names, benchmark, root))
     typer.echo(target)
 
-# %% ../nbs/21_cli.ipynb #59e05eb3
+# %% ../nbs/21_cli.ipynb #1a116b84
 @app.command()
 @polite
 def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"), device: Device = "auto"):
@@ -256,7 +267,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs
     run_report(done)
     typer.echo(f"Report: {done.files.report.resolve()}")
 
-# %% ../nbs/21_cli.ipynb #bf95722d
+# %% ../nbs/21_cli.ipynb #791e5f3e
 def main(args: list[str] | None = None):
     "The command line. Leaves with 0, 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

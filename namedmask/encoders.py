@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .core import UserError, cache_home, pick_device, slug, track, write_atomic
-from .weights import PUBLISHED, WEIGHTS, fetch, find_weight, is_offline, is_script, lite0_state, load_state, read_weights, sha256
+from .core import UserError, cache_home, is_offline, pick_device, slug, track, write_atomic
+from .weights import PUBLISHED, WEIGHTS, fetch, find_weight, is_script, lite0_state, load_state, read_weights, sha256
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'STAGES', 'digest', 'State', 'check_images', 'Run', 'stage', 'wishes', 'encoder_of', 'require_some',
            'photos_of', 'run_retrieval', 'archive_of', 'strangers_of', 'import_archive', 'stamps', 'lacking',
-           'run_saliency', 'make_detector', 'turned', 'import_masks', 'recipes', 'start_of', 'need', 'whole',
-           'run_expert_stage', 'import_experts', 'run_distill', 'views_of', 'marks_of', 'run_evaluation', 'run_report',
-           'run_all', 'run', 'default_split', 'weights_for', 'score_weights', 'export_for_server', 'names_for',
-           'judge_experts']
+           'run_saliency', 'make_detector', 'turned', 'find_masks', 'import_masks', 'recipes', 'start_of', 'need',
+           'whole', 'run_expert_stage', 'import_experts', 'run_distill', 'views_of', 'marks_of', 'run_evaluation',
+           'run_report', 'run_all', 'run', 'default_split', 'weights_for', 'score_weights', 'export_for_server',
+           'names_for', 'bench_for_experts', 'judge_experts']
 
-# %% ../nbs/20_pipeline.ipynb #2743cf34
+# %% ../nbs/20_pipeline.ipynb #3d6daade
 import hashlib, json, logging, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,12 +25,12 @@ from .core import (RunFolder, UsageError, UserError, list_photos, locked, mask_f
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/20_pipeline.ipynb #ab569e50
+# %% ../nbs/20_pipeline.ipynb #7b071289
 def digest(*things) -> str:
     "A short fingerprint of things that JSON can write."
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-# %% ../nbs/20_pipeline.ipynb #53640e5f
+# %% ../nbs/20_pipeline.ipynb #23880dec
 STAGES = ["retrieval", "saliency", "experts", "distill", "evaluate", "report"]
 
 class State:
@@ -64,12 +64,12 @@ class State:
         self.notes["skipped"] += [dict(photo=s["photo"], reason=s["reason"], stage=stage) for s in skipped]
         write_json(self.path, self.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #7568a54e
+# %% ../nbs/20_pipeline.ipynb #13c537e3
 def check_images(images: str | Path):
     "A `UserError` unless `images` is a folder."
     if not Path(images).is_dir(): raise UserError(f"There is no folder of photographs {images}. Give one with --images.")
 
-# %% ../nbs/20_pipeline.ipynb #f09f8f71
+# %% ../nbs/20_pipeline.ipynb #77eeef21
 class Run:
     "A run folder with its settings and its stages."
     def __init__(self, folder: str | Path, settings: Settings | None = None, # None: those in the folder
@@ -110,7 +110,7 @@ class Run:
 
     def __repr__(self): return f"Run({str(self.files.root)!r}, names={self.names}, done={[s for s in STAGES if self.state.notes['stages'].get(s, {}).get('done')]})"
 
-# %% ../nbs/20_pipeline.ipynb #18aea199
+# %% ../nbs/20_pipeline.ipynb #9a30c77c
 @contextmanager
 def stage(run: Run, name: str, inputs: str):
     "Run the block as a stage: note its time and what it skipped (the list that it gets), also when it fails."
@@ -124,25 +124,25 @@ def stage(run: Run, name: str, inputs: str):
             done = True
         finally: run.state.end(name, time.monotonic() - t, skipped, done)
 
-# %% ../nbs/20_pipeline.ipynb #6debdaea
+# %% ../nbs/20_pipeline.ipynb #89b5949f
 def wishes(s: Settings, **without # settings that do not matter here, with a neutral value
            ) -> dict:
     "The settings as a stage's digest has them."
     return {k: list(v.items()) if k == "names" else v for k, v in asdict(replace(s, version="", **without)).items() if v is not None}
 
-# %% ../nbs/20_pipeline.ipynb #8a54b1b5
+# %% ../nbs/20_pipeline.ipynb #630f2996
 def encoder_of(s: Settings, device):
     "The image-text encoder that the settings ask for."
     from namedmask.encoders import make_encoder
     return make_encoder(s.stack, device, **(dict(model=s.encoder, pretrained=s.encoder_weights) if s.stack == "paper" else {}))
 
-# %% ../nbs/20_pipeline.ipynb #036dc783
+# %% ../nbs/20_pipeline.ipynb #d96e234a
 def require_some(archive: dict[str, list[str]]) -> dict[str, list[str]]: # the same
     "A `UserError` for an archive without any photograph."
     if not any(archive.values()): raise UserError("No photograph fits any of the names. Ask for things that are in the photographs, or give more photographs.")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #b7cc3a03
+# %% ../nbs/20_pipeline.ipynb #761a2f7a
 def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other files, with photo and reason
     "The photographs of a run."
     root = Path(run.settings.images)
@@ -150,7 +150,7 @@ def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other
     own = os.path.relpath(run.files.root.resolve(), root.resolve()).replace(os.sep, "/") + "/"
     return [p for p in photos if not p.startswith(own)], [o for o in others if not o["photo"].startswith(own)]
 
-# %% ../nbs/20_pipeline.ipynb #c09ed81a
+# %% ../nbs/20_pipeline.ipynb #63ecf008
 def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "Names and photographs → archive.json and retrieval.json."
     from namedmask.retrieval import embed_index, index_from_embeddings, retrieve, signature
@@ -179,7 +179,7 @@ def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relati
         if r["warning"]: log.warning(r["warning"])
     return require_some(archive)
 
-# %% ../nbs/20_pipeline.ipynb #5aa95723
+# %% ../nbs/20_pipeline.ipynb #b27aac83
 def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
     "The archive of a run."
     if not run.files.archive.exists(): raise UserError(f"{run.files.root} has no archive yet. Make it with: namedmask retrieve --run {run.files.root}")
@@ -189,7 +189,7 @@ def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
         raise UserError(f"{run.files.archive} lists photographs outside {root}. Make it anew with: namedmask retrieve --run {run.files.root}")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #f614078e
+# %% ../nbs/20_pipeline.ipynb #1c8995c4
 def strangers_of(run: Run) -> list[str]: # relative paths
     "The photographs of the index that show none of the names."
     notes = read_json(run.files.retrieval)
@@ -197,7 +197,7 @@ def strangers_of(run: Run) -> list[str]: # relative paths
         raise UserError(f"{run.files.retrieval} is damaged. Make it anew with: namedmask retrieve --run {run.files.root}")
     return notes["strangers"]
 
-# %% ../nbs/20_pipeline.ipynb #bb8dae6d
+# %% ../nbs/20_pipeline.ipynb #15fd6f24
 def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "`settings.archive` → archive.json, in the order of the run's names."
     from namedmask.retrieval import reroot
@@ -206,9 +206,13 @@ def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relat
     file = find(s.archive)
     inputs = digest(str(root.resolve()), sha256(file), list(s.names.items()), s.n_images)
     if run.state.done("retrieval", inputs) and run.files.archive.exists(): return require_some(archive_of(run))
-    given = {slug(n): photos for n, photos in reroot(read_archive(file), root).items()}
+    given = {}
+    for n, photos in read_archive(file).items():
+        if slug(n) in given: raise UserError(f'{file} has two names that are "{slug(n)}" here. Rename or remove one.')
+        given[slug(n)] = list(dict.fromkeys(photos))
     if lacking := [n for n in s.names if slug(n) not in given]: raise UserError(f"{file} has no photographs for: {', '.join(lacking)}.")
-    archive = {n: given[slug(n)][:s.n_images] for n in s.names}
+    archive = require_some(reroot({n: given[slug(n)][:s.n_images] for n in s.names}, root))     # only what is asked for must be there
+    if bare := [n for n, ps in archive.items() if not ps]: log.warning("%s lists no photograph for %s, which will not be learned.", file, ", ".join(bare))
     with stage(run, "retrieval", inputs):
         report = {n: dict(kept=len(ps), best=None, worst=None, similarity={}, sure=True, warning=None) for n, ps in archive.items()}
         write_json(run.files.retrieval, dict(names=report, photos=len({p for ps in archive.values() for p in ps}), strangers=[]), indent=1)
@@ -216,7 +220,7 @@ def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relat
         write_archive(run.files.archive, {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()})
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #9c731a3d
+# %% ../nbs/20_pipeline.ipynb #66377524
 def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
     "The signatures of the archive's photographs. A `UserError` where all of them are gone: then it is the folder that is missing."
     from namedmask.retrieval import signature
@@ -226,13 +230,13 @@ def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
         raise UserError(f"None of the archive's {len(found)} photographs is in {run.settings.images} any more. Bring them back, or start a new run.")
     return found
 
-# %% ../nbs/20_pipeline.ipynb #39986144
+# %% ../nbs/20_pipeline.ipynb #d393f4d7
 def lacking(run: Run, stage: str, folder: Path, photos: list[str]) -> list[str]:
     "The photographs that have no mask in `folder` although the stage did not skip them."
     skipped = {s["photo"] for s in run.state.notes["skipped"] if s.get("stage") == stage}
     return [p for p in photos if p not in skipped and not mask_file(folder, p).exists()]
 
-# %% ../nbs/20_pipeline.ipynb #6c67aa97
+# %% ../nbs/20_pipeline.ipynb #62b81770
 def run_saliency(run: Run):
     "The archive's photographs → class-agnostic masks."
     from namedmask.saliency import save_saliency
@@ -246,7 +250,7 @@ def run_saliency(run: Run):
         else: skipped += save_saliency(photos, s.images, run.files.saliency, make_detector(s, run.device))
         if not any(mask_file(run.files.saliency, p).exists() for p in photos): raise UserError("No saliency mask could be made: none of the archive's photographs can be read any more.")
 
-# %% ../nbs/20_pipeline.ipynb #89318b69
+# %% ../nbs/20_pipeline.ipynb #84fa2306
 def make_detector(s: Settings, device):
     "The saliency detector that the settings ask for."
     if s.stack == "paper":
@@ -256,7 +260,7 @@ def make_detector(s: Settings, device):
     from namedmask.spectral import SpectralDetector
     return SpectralDetector(device=device)
 
-# %% ../nbs/20_pipeline.ipynb #dba82b7c
+# %% ../nbs/20_pipeline.ipynb #d3f06213
 def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     "A mask of a picture as it is stored, turned as EXIF turns the photograph. One of another size is left as it is."
     from PIL import Image, ImageOps
@@ -268,22 +272,44 @@ def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     lying.getexif()[0x0112] = orientation
     return np.asarray(ImageOps.exif_transpose(lying)) > 0
 
-# %% ../nbs/20_pipeline.ipynb #660fd96d
-def import_masks(folder: Path, # of the masks
+# %% ../nbs/20_pipeline.ipynb #81cd3474
+def find_masks(folder: Path, photos: list[str] # relative paths
+               ) -> dict[str, Path]: # photograph → mask; of one sub-folder, and by one rule, so that those of like names do not mix
+    "Where the masks of photographs are below `folder`, as far as they are there."
+    from namedmask.saliency import published_file
+    bases = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    while len(only := list(bases[-1].iterdir())) == 1 and only[0].is_dir(): bases.append(only[0])     # a zip file may hold folders around all
+    best = {}
+    for base in bases:
+        for strip in range(3):                                             # `train/n01/x.JPEG` may be `n01/x.json` there
+            names = {p: published_file(base, "/".join(p.split("/")[strip:])) for p in photos if p.count("/") >= strip}
+            if len(names) < len(photos) or len(set(names.values())) < len(photos): continue
+            if not any(names[p].is_file() for p in photos[:20]) and best: continue
+            found = {p: f for p, f in names.items() if f.is_file()}
+            if len(found) > len(best): best = found
+            if len(best) == len(photos): return best
+    return best
+
+# %% ../nbs/20_pipeline.ipynb #aa1a6317
+def import_masks(source: Path, # a folder of masks, or a zip file
                  root: str | Path, photos: list[str], # the photographs, relative to `root`
                  out: Path):
-    "Copy the masks of `photos` into a run, turned where the photographs are. A `UserError` counts those that are missing."
-    from namedmask.saliency import published_file
-    if not folder.is_dir(): raise UserError(f"{folder} is no folder of masks.")
-    inner = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    while len(only := list(inner[-1].iterdir())) == 1 and only[0].is_dir(): inner.append(only[0])     # a zip file may hold folders around all
-    found = {p: next((f for f in (published_file(d, q) for d in inner for q in (p, p.partition("/")[2] or p)) if f.is_file()), None) for p in photos}
-    if absent := [p for p, f in found.items() if f is None]:
-        raise UserError(f"{folder} lacks the masks of {len(absent)} of {len(photos)} photographs, the first: {', '.join(absent[:3])}. A mask is looked for at the photograph's path with .json for its ending.")
+    "Copy the masks of `photos` into a run, turned where the photographs are. A `UserError` counts those that are missing, or of another size."
+    from namedmask.saliency import photo_size
+    from namedmask.weights import unpacked
+    found, odd = find_masks(unpacked(source), photos), []
+    if absent := [p for p in photos if p not in found]:
+        raise UserError(f"{source} lacks the masks of {len(absent)} of {len(photos)} photographs, the first: {', '.join(absent[:3])}. A mask is looked for at the photograph's path with .json for its ending.")
     for p, f in found.items():
-        if not mask_file(out, p).exists(): write_mask(mask_file(out, p), turned(read_mask(f), Path(root) / p))
+        if mask_file(out, p).exists(): continue
+        mask = turned(read_mask(f), Path(root) / p)
+        try: size = photo_size(Path(root) / p)
+        except Exception: size = mask.shape[::-1]     # a broken photograph; the stages that read it tell
+        if mask.shape[::-1] == size: write_mask(mask_file(out, p), mask)
+        else: odd.append(f"{p} ({size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]})")
+    if odd: raise UserError(f"{len(odd)} of the {len(photos)} masks in {source} are of another size than their photographs, the first: {', '.join(odd[:3])}. Are they of these photographs?")
 
-# %% ../nbs/20_pipeline.ipynb #c3df8112
+# %% ../nbs/20_pipeline.ipynb #1572d31e
 def recipes(s: Settings): # → augment and recipe of the distillation; augment, recipe of an expert, and of the warm start
     "What the settings mean for the trainings."
     from namedmask.copy_paste import Augment
@@ -295,7 +321,7 @@ def recipes(s: Settings): # → augment and recipe of the distillation; augment,
     warm = replace(expert, steps=s.warm_steps, lr=2 * s.expert_lr, backbone_lr=2 * s.expert_backbone_lr)
     return augment, recipe, replace(augment, scale=tuple(s.expert_scale), max_n_masks=1, negatives=0.0), expert, warm
 
-# %% ../nbs/20_pipeline.ipynb #db668475
+# %% ../nbs/20_pipeline.ipynb #736f86fb
 def start_of(s: Settings):
     "→ a function: number of classes → the network to train."
     from namedmask.deeplab import make_segmenter
@@ -303,14 +329,14 @@ def start_of(s: Settings):
     pretrained = find(s.backbone) if s.backbone else True
     return lambda n_classes: make_segmenter(s.arch, n_classes, pretrained)
 
-# %% ../nbs/20_pipeline.ipynb #9c7b1947
+# %% ../nbs/20_pipeline.ipynb #36cf400d
 def need(run: Run, name: str):
     "A `UserError` unless the stage `name` is done."
     if not run.state.notes["stages"].get(name, {}).get("done"):
         command = dict(retrieval="retrieve").get(name, name)
         raise UserError(f"The stage before this one is not done. Run it first: namedmask {command} --run {run.files.root}")
 
-# %% ../nbs/20_pipeline.ipynb #092b4fb4
+# %% ../nbs/20_pipeline.ipynb #69e1f4b9
 def whole(file: Path) -> bool:
     "Whether a .safetensors file is there and as long as its header says."
     from safetensors import SafetensorError, safe_open
@@ -318,7 +344,7 @@ def whole(file: Path) -> bool:
         with safe_open(file, "pt"): return True
     except (SafetensorError, OSError): return False
 
-# %% ../nbs/20_pipeline.ipynb #e5944edb
+# %% ../nbs/20_pipeline.ipynb #a05bb2cd
 def run_expert_stage(run: Run):
     "Saliency masks → expert masks."
     from namedmask.experts import run_experts
@@ -344,7 +370,7 @@ def run_expert_stage(run: Run):
         skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, augment,
                                warm=warm if s.warm_steps else None, start=lambda: start(2), seed=s.seed, device=run.device, **how)
 
-# %% ../nbs/20_pipeline.ipynb #f2cb48f5
+# %% ../nbs/20_pipeline.ipynb #7ea69d91
 def import_experts(source: str | Path, # a folder of expert_{name}.pt, also each in a folder of its own; or "experts": those that are published
                    names: list[str], out: Path
                    ) -> list[str]: # the names that have none, and are to be trained
@@ -362,7 +388,7 @@ def import_experts(source: str | Path, # a folder of expert_{name}.pt, also each
         else: lacking.append(name)
     return lacking
 
-# %% ../nbs/20_pipeline.ipynb #4a5cccb0
+# %% ../nbs/20_pipeline.ipynb #8b0fe8d1
 def run_distill(run: Run):
     "Masks and names → segmenter.safetensors."
     from namedmask.copy_paste import make_items
@@ -383,7 +409,7 @@ def run_distill(run: Run):
         distill(items, run.names, run.files.root, recipe, augment, none, start_of(s), s.seed, run.device, marks_of(run), meta=dict(stack=s.stack), views=views_of(run, archive), edges=s.edges or None,
                 hold=0 if s.benchmark else 10)
 
-# %% ../nbs/20_pipeline.ipynb #ab4ffae2
+# %% ../nbs/20_pipeline.ipynb #1b8d0162
 def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest sides, in pixels; empty: a photograph's own
     "At which sizes the segmenter is to look at photographs: `settings.views` times the usual longest side of the archive's."
     from namedmask.copy_paste import Augment
@@ -395,7 +421,7 @@ def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest si
         except OSError: pass                          # gone or broken since; the training tells
     return [round(v * min(float(np.median(sides)), Augment.side)) for v in run.settings.views] if sides else []
 
-# %% ../nbs/20_pipeline.ipynb #891b17c3
+# %% ../nbs/20_pipeline.ipynb #d162955d
 def marks_of(run: Run):
     "→ a function: model → scores on the run's benchmark; None where it has none."
     s = run.settings
@@ -408,7 +434,7 @@ def marks_of(run: Run):
         return dict(miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
     return marks
 
-# %% ../nbs/20_pipeline.ipynb #dd1a3bdb
+# %% ../nbs/20_pipeline.ipynb #04d3cc61
 def run_evaluation(run: Run):
     "The segmenter → its scores on the run's benchmark, if it has one."
     s = run.settings
@@ -419,13 +445,13 @@ def run_evaluation(run: Run):
     with stage(run, "evaluate", inputs): scores = run.evaluate(s.benchmark, s.root, s.split, keep=False)
     run.keep_scores(s.benchmark, scores)
 
-# %% ../nbs/20_pipeline.ipynb #5a512c86
+# %% ../nbs/20_pipeline.ipynb #abb4741d
 def run_report(run: Run) -> Path:
     "All of it → report.html. Works at any point of a run."
     from namedmask.report import write_report
     with stage(run, "report", ""): return write_report(run.files, run.device)
 
-# %% ../nbs/20_pipeline.ipynb #84430055
+# %% ../nbs/20_pipeline.ipynb #11ee34af
 def run_all(run: Run) -> Run:
     "Every stage that is not done yet, then the report."
     run_retrieval(run)
@@ -436,7 +462,7 @@ def run_all(run: Run) -> Run:
     run_report(run)
     return run
 
-# %% ../nbs/20_pipeline.ipynb #72fd0e81
+# %% ../nbs/20_pipeline.ipynb #e4709281
 def run(images: str | Path | None = None, # the folder of photographs
         names=None, # "cat, dog", a text file, or a list
         out: str | Path | None = None, # the run folder; with a configuration, default: runs/CONFIG
@@ -453,7 +479,7 @@ def run(images: str | Path | None = None, # the folder of photographs
     made = make_settings(settings | dict(root=root and str(root))) if config is None else settings_of(config, root, **settings)
     return run_all(Run(out or Path("runs") / Path(config).stem, made, device, fresh))
 
-# %% ../nbs/20_pipeline.ipynb #98bb8fa1
+# %% ../nbs/20_pipeline.ipynb #9346368d
 @patch
 def segmenter(self: Run):
     "The trained network, in eval mode."
@@ -461,7 +487,7 @@ def segmenter(self: Run):
     if not self.files.segmenter.exists(): raise UserError(f"{self.files.root} has no segmenter yet. Go on with: namedmask distill --run {self.files.root}")
     return load_segmenter(self.files.segmenter, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #ca8ab6d9
+# %% ../nbs/20_pipeline.ipynb #1a242ea1
 @patch
 def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     "Segment one photograph: 0 is background; 1, 2, … are the names in order."
@@ -470,7 +496,7 @@ def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     if not hasattr(self, "_model"): self._model = self.segmenter()
     return predict(self._model, read_photo(photo) if isinstance(photo, (str, Path)) else photo, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #aa86233b
+# %% ../nbs/20_pipeline.ipynb #68275c32
 @patch
 def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: int | None = None, keep: bool = True):
     "Score the segmenter on those of a benchmark's names that the run has; `keep` the scores for the report (never those of a part, `limit`)."
@@ -482,7 +508,7 @@ def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: in
         except UserError as error: log.warning("The scores are not kept for the report: %s", error)
     return scores
 
-# %% ../nbs/20_pipeline.ipynb #52fea79c
+# %% ../nbs/20_pipeline.ipynb #fc219486
 @patch
 def keep_scores(self: Run, benchmark: str, scores):
     "Note scores in `state.json`, for the report."
@@ -491,18 +517,18 @@ def keep_scores(self: Run, benchmark: str, scores):
         self.state.notes["scores"][benchmark] = scores.to_json()
         write_json(self.files.state, self.state.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #497cd87a
+# %% ../nbs/20_pipeline.ipynb #78f2b405
 def default_split(benchmark: str) -> str:
     "The part of a benchmark that is scored."
     return "all" if benchmark == "coca" else "val"
 
-# %% ../nbs/20_pipeline.ipynb #961f2da2
+# %% ../nbs/20_pipeline.ipynb #113bdb2f
 def weights_for(run: str | Path | None, weights: str | Path | None, benchmark, device):
-    "The segmenter of a run, or of a file whose classes are the benchmark's."
-    from namedmask.deeplab import load_published
-    return Run(run, device=device).segmenter() if run is not None else load_published(weights, benchmark.names, device=pick_device(device))
+    "The segmenter of a run, or of a file."
+    from namedmask.evaluate import load_weights
+    return Run(run, device=device).segmenter() if run is not None else load_weights(weights, benchmark.names, pick_device(device))
 
-# %% ../nbs/20_pipeline.ipynb #f14f985d
+# %% ../nbs/20_pipeline.ipynb #9a70baa1
 def score_weights(weights: str | Path, # a file, or a published name
                   benchmark: str, root=None, split: str | None = None, limit: int | None = None, device: str = "auto"):
     "Scores of weights from elsewhere. Raises `UserError` where the file, its number of classes or the dataset does not fit."
@@ -510,7 +536,7 @@ def score_weights(weights: str | Path, # a file, or a published name
     from namedmask.weights import find
     return evaluate_published(find(weights), benchmark, root, split or default_split(benchmark), limit, device)
 
-# %% ../nbs/20_pipeline.ipynb #f051654d
+# %% ../nbs/20_pipeline.ipynb #74a9f675
 def export_for_server(run, weights, benchmark: str, root, split: str, out: Path, device: str = "auto", limit: int | None = None) -> int: # photographs written now
     "Predictions on ImageNet-S in the format of its evaluation server."
     from namedmask.benchmarks import load_benchmark
@@ -521,22 +547,35 @@ def export_for_server(run, weights, benchmark: str, root, split: str, out: Path,
     model = weights_for(run, weights, bench, device)
     return export_predictions(model, bench, out, next(model.parameters()).device)
 
-# %% ../nbs/20_pipeline.ipynb #adfd5241
+# %% ../nbs/20_pipeline.ipynb #d4e8c7a3
 def names_for(names: str | None, benchmark: str | None, root) -> list[str] | None:
     "The names of a published segmenter's classes: as given, or a benchmark's."
-    from namedmask.benchmarks import load_benchmark
-    return list(read_names(names)) if names else load_benchmark(benchmark, root, default_split(benchmark)).names if benchmark else None
+    from namedmask.benchmarks import CITYSCAPES_OBJECTS, COCA_NAMES, VOC_NAMES, load_benchmark
+    if names: return list(read_names(names))
+    known = dict(voc2012=VOC_NAMES, coca=COCA_NAMES, cityscapes=list(CITYSCAPES_OBJECTS.values()))     # these need no data
+    return known.get(benchmark) or load_benchmark(benchmark, root, default_split(benchmark)).names if benchmark else None
 
-# %% ../nbs/20_pipeline.ipynb #53ffdae5
-def judge_experts(run: Run, benchmark: str, root=None, split: str = "train", limit: int | None = None # photographs of a name, at most
+# %% ../nbs/20_pipeline.ipynb #893064f9
+def bench_for_experts(run: Run, benchmark: str, root=None, split: str | None = None):
+    "The benchmark on which a run's experts are to be judged. Raises `UserError` where they cannot be."
+    from namedmask.benchmarks import load_benchmark, match_names
+    if run.settings.expert_masks: raise UserError(f"{run.files.root} took its refined masks from {run.settings.expert_masks}, so it has no experts of its own to be judged.")
+    bench = load_benchmark(benchmark, root, split or ("train" if benchmark in ("voc2012", "cityscapes") else default_split(benchmark)))
+    if not any(match_names(run.names, bench.names)): raise UserError(f"{benchmark} has none of the names {', '.join(run.names)}. It has: {', '.join(bench.names)}.")
+    return bench
+
+# %% ../nbs/20_pipeline.ipynb #867b9a3b
+def judge_experts(run: Run, bench, # of `bench_for_experts`
+                  limit: int | None = None # photographs of a name, at most
                   ) -> dict[str, tuple[float | None, int]]: # name → mean binary IoU, photographs; None and 0 where there is none
     "How good each expert is on the labelled photographs that show its name."
-    from namedmask.benchmarks import load_benchmark, match_names
+    from namedmask.benchmarks import match_names
     from namedmask.deeplab import load_segmenter
+    from namedmask.evaluate import read_labels
     from namedmask.experts import judge_expert
-    bench, judged, showing = load_benchmark(benchmark, root, split), {}, {}
+    judged, showing = {}, {}
     for pair in track(bench.pairs, "looking for the names"):           # each label map is read once, not once a name
-        for i in np.unique(pair[1]()): showing.setdefault(int(i), []).append(pair)
+        for i in np.unique(read_labels(pair)): showing.setdefault(int(i), []).append(pair)
     for name, i in zip(run.names, match_names(run.names, bench.names)):
         file = run.files.experts / f"{slug(name)}.safetensors"
         if not file.exists(): file = run.files.experts / "_warm.safetensors"        # a name with too few photographs has no expert of its own

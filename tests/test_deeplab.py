@@ -240,3 +240,25 @@ def test_normalise():
     mean, std = pixel_stats("resnet50")
     ref = (xb / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(normalise(xb, mean, std), ref, atol=1e-5) and normalise(xb, mean, std).dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [dict(mean=None), dict(names=3), dict(names=[1, 2]), dict(arch=7), dict(meta="x"), dict(rates=None), dict(names=None)])
+def test_a_header_that_lacks_something(tmp_path, change):
+    "A file of ours whose header was tampered with: one message that names the file and the key."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from namedmask.deeplab import load_segmenter, save_segmenter
+    save_segmenter(tmp_path / "a.safetensors", make_segmenter("resnet50", 3, pretrained=False), ["cat", "dog"])
+    with safe_open(tmp_path / "a.safetensors", "pt") as f: info, state = dict(f.metadata()), {k: f.get_tensor(k) for k in f.keys()}
+    for k, v in change.items():
+        if v is None: del info[k]
+        else: info[k] = json.dumps(v)
+    save_file(state, tmp_path / "b.safetensors", info)
+    with pytest.raises(UserError, match=f"b.safetensors is damaged: its header lacks {next(iter(change))}"): load_segmenter(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("key, use", [("query_embed", "--selfmask"), ("conv1.weight", "the setting backbone")])
+def test_other_networks_are_told(tmp_path, key, use):
+    from namedmask.deeplab import load_published
+    torch.save({key: torch.zeros(2, 2)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=use): load_published(tmp_path / "x.pt")

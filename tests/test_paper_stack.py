@@ -228,3 +228,96 @@ def test_the_class_count_and_the_size_are_told_by_what_is_there(tmp_path):
     make_segmenter("resnet50", 2, tmp_path / "dino.pth")
     torch.save(backbone | {"layer5.0.conv.weight": torch.zeros(2, 2)}, tmp_path / "dino.pth")
     with pytest.raises(UserError, match="layer5"): make_segmenter("resnet50", 2, tmp_path / "dino.pth")
+
+
+def masks_of(tmp_path, *paths, size=(40, 60)):
+    for p in paths: write_mask(tmp_path / "masks" / p, np.ones(size, bool))
+
+
+def photos_at(tmp_path, *paths):
+    for p in paths:
+        (tmp_path / "photos" / p).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / "photos" / p)
+
+
+def test_a_mask_of_another_folder_is_not_taken(tmp_path):
+    "Two photographs of one name in two folders, and one mask: it is not given to both."
+    photos_at(tmp_path, "a/1.jpg", "b/1.jpg"); masks_of(tmp_path, "a/1.json")
+    with pytest.raises(UserError, match=r"lacks the masks of 1 of 2 photographs, the first: b/1.jpg"):
+        import_masks(tmp_path / "masks", tmp_path / "photos", ["a/1.jpg", "b/1.jpg"], tmp_path / "out")
+    photos_at(tmp_path, "1.png", "1.jpg"); masks_of(tmp_path, "1.json")
+    with pytest.raises(UserError, match="lacks the masks"):                     # and neither to a.jpg and a.png
+        import_masks(tmp_path / "masks", tmp_path / "photos", ["1.png", "1.jpg"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "masks/", "some/folders/train_pseudo_masks/"])
+@pytest.mark.parametrize("below", ["", "train/"])
+def test_masks_in_a_zip_file(tmp_path, monkeypatch, inside, below):
+    "A local zip file does as well as a folder; folders around all, and a run on ImageNet's own folder, do not matter."
+    import zipfile
+    monkeypatch.setenv("NAMEDMASK_HOME", str(tmp_path / "cache"))
+    photos = [f"{below}{w}/{w}_{i}.JPEG" for w in ("n01", "n02") for i in range(2)]
+    photos_at(tmp_path, *photos); masks_of(tmp_path, *(f"{w}/{w}_{i}.json" for w in ("n01", "n02") for i in range(2)))
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as z:
+        for f in (tmp_path / "masks").rglob("*.json"): z.write(f, f"{inside}{f.relative_to(tmp_path / 'masks')}")
+    import_masks(tmp_path / "m.zip", tmp_path / "photos", photos, tmp_path / "out")
+    assert all(read_mask(mask_file(tmp_path / "out", p)).all() for p in photos)
+    with pytest.raises(UserError, match="neither a folder nor a zip file"): import_masks(tmp_path / "photos" / photos[0], tmp_path / "photos", photos, tmp_path / "new")
+
+
+def test_masks_of_another_size(tmp_path):
+    photos_at(tmp_path, "n/1.jpg", "n/2.jpg"); masks_of(tmp_path, "n/1.json"); masks_of(tmp_path, "n/2.json", size=(60, 40))
+    with pytest.raises(UserError, match=r"1 of the 2 masks .* the first: n/2.jpg \(60×40, its mask 40×60\)"):
+        import_masks(tmp_path / "masks", tmp_path / "photos", ["n/1.jpg", "n/2.jpg"], tmp_path / "out")
+
+
+def imported(data, tmp_path, archive, names="bird, car", **kw):
+    from namedmask.config import Settings
+    from namedmask.core import read_names
+    from namedmask.pipeline import run_retrieval
+    (tmp_path / "a.json").write_text(json.dumps(archive) if isinstance(archive, dict) else archive)
+    run = Run(tmp_path / "r", Settings(images=str(data / "ImageNet2012/train"), names=read_names(names), archive=str(tmp_path / "a.json"), **kw))
+    return run_retrieval(run)
+
+
+def test_archives_from_elsewhere(data, tmp_path, caplog):
+    there = json.loads((data / "archive.json").read_text())
+    gone = [f"{FOREIGN}/n07/n07_{i}.JPEG" for i in range(5)]
+    got = imported(data, tmp_path, there | dict(dog=gone))                                  # what is not asked for need not be there
+    assert list(got) == ["bird", "car"] and len(got["bird"]) == 3
+    got = imported(data, tmp_path / "n", dict(bird=there["bird"][:1] * 3 + there["bird"][1:2] + gone, car=there["car"]), n_images=2) if (tmp_path / "n").mkdir() is None else 0
+    assert got["bird"] == ["n00000000/n00000000_0.JPEG", "n00000000/n00000000_1.JPEG"]      # one photograph counts once
+    for k, (archive, words) in enumerate([(dict(bird=there["bird"] + gone, car=there["car"]), "5 of the archive's 11 photographs .* 5 of n07"),
+                                          ({"bird": [], "car": []}, "No photograph fits"), ({"bird": there["bird"]}, "no photographs for: car"),
+                                          ({"Bird": there["bird"], "bird": there["bird"], "car": there["car"]}, 'two names that are "bird"'),
+                                          ('{"bird": ["a"], "bird": ["b"], "car": []}', 'has the name "bird" twice')]):
+        (tmp_path / str(k)).mkdir()
+        with pytest.raises(UserError, match=words): imported(data, tmp_path / str(k), archive)
+    (tmp_path / "w").mkdir()
+    assert imported(data, tmp_path / "w", {"bird": there["bird"], "car": []})["car"] == [] and "lists no photograph for car" in caplog.text
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/a.json").write_bytes(b'{"caf\xe9": ["a.jpg"]}')
+    from namedmask.core import read_archive, slug
+    assert all(slug(n).isascii() for n in read_archive(tmp_path / "odd/a.json"))
+
+
+def test_judging_is_refused_before_anything_is_trained(data, done, tmp_path):
+    def says(words, *args):
+        result = CliRunner().invoke(app, ["experts", "--run", str(done), "--judge", *args, "--device", "cpu"])
+        assert result.exit_code in (1, 2) and words in " ".join(result.output.split()), result.output
+    says("no benchmark", "nope", "--root", str(data))
+    says("Where is voc2012", "voc2012")
+    says("has the splits", "voc2012", "--root", str(data), "--split", "test")
+    says("is a folder", "voc2012", "--root", str(data), "--json", str(tmp_path))
+    given = tmp_path / "given"
+    call("run", *quick(data, "--set", f"expert_masks={data/'masks'}"), "--out", given)
+    result = CliRunner().invoke(app, ["experts", "--run", str(given), "--judge", "voc2012", "--root", str(data)])
+    assert result.exit_code == 1 and "no experts of its own" in " ".join(result.output.split())
+
+
+def test_names_need_no_data(tmp_path):
+    torch.manual_seed(2)
+    torch.save(make_segmenter("resnet50", 21, False).state_dict(), tmp_path / "w.pt")
+    call("convert", tmp_path / "w.pt", tmp_path / "voc.safetensors", "--benchmark", "voc2012")
+    assert load_segmenter(tmp_path / "voc.safetensors").names[19] == "tv/monitor"

@@ -90,9 +90,28 @@ def test_kept_and_remade(root, tmp_path):
     save_saliency(PHOTOS, root, out, counting, bs=2)
     assert calls == [2, 2, 2]
     assert [p for p in PHOTOS if mask_file(out, p).stat().st_mtime_ns != stamps[p]] == ["a.png"]
-    later = time.time() + 5
-    os.utime(root / "sub folder/a.jpg", (later, later))                             # a changed photograph
-    assert not has_mask(mask_file(out, "sub folder/a.jpg"), root / "sub folder/a.jpg")
+    photo, mask = root / "sub folder/a.jpg", mask_file(out, "sub folder/a.jpg")
+    os.chmod(photo, 0o640)                                                          # its rights changed, and not what it shows
+    assert has_mask(mask, photo)
+    later = time.time() + 3600
+    os.utime(photo, (later, later))                                                 # a date to come tells nothing
+    assert has_mask(mask, photo)
+    now = time.time()
+    os.utime(photo, (now, now)); os.utime(mask, (now - 9, now - 9))                 # changed after its mask was made
+    assert not has_mask(mask, photo)
+    os.utime(photo, (now - 99, now - 99))                                           # an older file of another size came in its place
+    with Image.open(photo) as im: im.resize((9, 9)).save(photo)
+    os.utime(photo, (now - 99, now - 99))
+    assert not has_mask(mask, photo)
+
+
+def test_masks_that_are_there_cost_no_detection(root, tmp_path):
+    "Beside a photograph that cannot be read, which has no mask in any run, too."
+    (root / "broken.png").write_bytes((root / "a.png").read_bytes()[:60])
+    calls, photos = [], [*PHOTOS, "broken.png"]
+    def counting(photos): calls.append(len(photos)); return bright(photos)
+    for _ in range(2): assert [s["photo"] for s in save_saliency(photos, root, tmp_path / "m", counting, bs=8)] == ["broken.png"]
+    assert sum(calls) == len(PHOTOS)
 
 
 def test_what_a_thread_raises_is_raised(root, tmp_path):
