@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'PAPER', 'CPU', 'CUDA', 'DEFAULTS', 'LEAST', 'MOST', 'KINDS', 'Settings', 'resolve', 'fits', 'out_of_range',
-           'make_settings', 'in_words', 'parse_overrides', 'write_config', 'read_yaml', 'read_config', 'differences',
-           'config_names', 'load_config', 'settings_of']
+           'as_number', 'make_settings', 'in_words', 'parse_overrides', 'write_config', 'read_yaml', 'read_config',
+           'differences', 'config_names', 'load_config', 'settings_of']
 
-# %% ../nbs/19_config.ipynb #4678772d
+# %% ../nbs/19_config.ipynb #7ed20c08
 import difflib, math, types, typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import namedmask
 from . import __version__
 from .core import UsageError, UserError, read_names, write_atomic
 
-# %% ../nbs/19_config.ipynb #07fbfb9d
+# %% ../nbs/19_config.ipynb #729c2ce7
 @dataclass
 class Settings:
     "What a run is asked to do. `None` means: what suits the stack and the device."
@@ -45,14 +45,23 @@ class Settings:
     background: float | None = None      # weight of background pixels in the loss; 1 in the paper
     views: tuple[float, ...] | None = None  # sizes at which the segmenter looks at a photograph, in terms of those it learned from; None in the paper: its own
     edges: float | None = None           # λ of the bilateral solver that draws what it sees in these views to the photograph's edges; 0: none, as in the paper
+    weight_decay: float | None = None    # added to the gradient, as Adam's L2
+    power: float | None = None           # of the polynomial decay of the learning rates
+    min_lr: float | None = None          # their floor
+    flip: float | None = None            # probability of a mirror image
+    jitter_p: float | None = None        # probability of the colour jitter
+    grey: float | None = None            # probability of a grey picture
+    blur: float | None = None            # probability of a blur
+    sigma: tuple[float, float] | None = None  # of the blur, in pixels
+    amp: bool | None = None              # train in bfloat16; None: on a GPU
     eval_every: int | None = None        # steps between two evaluations while training
     ignore: int = 255                    # the label of pixels that do not count
     arch: str | None = None              # of the segmenter and of the experts: resnet50, resnet101 or a network of timm's
-    backbone: str | None = None          # weights that arch starts from: a file or a published name; None: those of arch
+    backbone: str | None = None          # weights that arch starts from: a file or a published name; None: DINO's for the paper's ResNet-50, else those of arch
     encoder: str | None = None           # paper stack: which CLIP, in open_clip's words
     encoder_weights: str | None = None   # paper stack: its weights, in open_clip's words, or a file
     selfmask: str | None = None          # paper stack: SelfMask's weights, a file or a published name
-    embeddings: str | None = None        # image embeddings made elsewhere: the published pickle
+    embeddings: str | None = None        # image embeddings made elsewhere: the published pickle, or the folder of another run's
     archive: str | None = None           # an archive made elsewhere, a file or a published name; None: by retrieval
     saliency_masks: str | None = None    # a folder of masks made elsewhere, or a published name; None: by the detector
     expert_masks: str | None = None      # the same for refined masks; None: by experts
@@ -64,7 +73,7 @@ class Settings:
     seed: int = 0
     version: str = __version__           # what wrote it
 
-# %% ../nbs/19_config.ipynb #32c0f307
+# %% ../nbs/19_config.ipynb #647e92c6
 CONFIGS = Path(namedmask.__file__).parent / "configs"
 PAPER = {k: v for k, v in yaml.safe_load((CONFIGS / "paper.yaml").read_text(encoding="utf-8")).items() if k not in ("stack", "images", "experts")}
 
@@ -77,14 +86,16 @@ CUDA = CPU | dict(n_images=500, warm_steps=2000, expert_steps=500, expert_lr=2.5
 
 DEFAULTS = {("offline", "cpu"): CPU, ("offline", "cuda"): CUDA, ("paper", "cpu"): PAPER, ("paper", "cuda"): PAPER}
 
-# %% ../nbs/19_config.ipynb #8294e95f
+# %% ../nbs/19_config.ipynb #4a22ef69
 def resolve(settings: Settings, device: str # "cpu" or "cuda"
             ) -> Settings:
     "The settings with every `None` that has a default filled in."
     if (settings.stack, device) not in DEFAULTS: raise UsageError(f'There is no stack "{settings.stack}". Choose from: {", ".join(dict.fromkeys(s for s, _ in DEFAULTS))}.')
-    return replace(settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS[settings.stack, device].items() if getattr(settings, k) is None})
+    missing = {k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS[settings.stack, device].items() if getattr(settings, k) is None}
+    if settings.arch not in (None, "resnet50"): missing.pop("backbone", None)      # DINO's weights are a ResNet-50's
+    return replace(settings, **missing)
 
-# %% ../nbs/19_config.ipynb #1571bdbc
+# %% ../nbs/19_config.ipynb #a5fdc02b
 def fits(value, kind) -> bool:
     "Whether a value that YAML can hold is of an annotated type."
     if isinstance(kind, types.UnionType): return any(fits(value, k) for k in typing.get_args(kind))
@@ -97,28 +108,37 @@ def fits(value, kind) -> bool:
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
-# %% ../nbs/19_config.ipynb #7322bac2
-LEAST = dict(n_images=1, warm_steps=0, expert_steps=1, expert_bs=2, expert_lr=0, expert_backbone_lr=0, steps=1, crop=32, bs=2, lr=0, backbone_lr=0,
+# %% ../nbs/19_config.ipynb #0629f29e
+LEAST = dict(weight_decay=0, power=0, min_lr=0, flip=0, jitter_p=0, grey=0, blur=0, n_images=1, warm_steps=0, expert_steps=1, expert_bs=2, expert_lr=0, expert_backbone_lr=0, steps=1, crop=32, bs=2, lr=0, backbone_lr=0,
              max_n_masks=1, jitter=0, negatives=0, background=0, edges=0, eval_every=1, ignore=1, eval_limit=1, seed=0)
-MOST = dict(negatives=1, ignore=30_000, seed=2**63 - 1)
+MOST = dict(flip=1, jitter_p=1, grey=1, blur=1, crop=4096, negatives=1, ignore=30_000, seed=2**63 - 1)
 
 def out_of_range(key: str, value) -> str | None: # what it must be; None: it is fine
     "Whether a setting of the right type has a value that makes sense."
     if value is None: return None
     if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, (tuple, list)) else [value])): return "finite"
-    if key in ("scale", "expert_scale"): return None if 0 < value[0] <= value[1] else "two numbers above 0, the second not below the first"
+    if key in ("scale", "expert_scale", "sigma"): return None if 0 < value[0] <= value[1] else "two numbers above 0, the second not below the first"
     if key == "views": return None if all(v > 0 for v in value) else "numbers above 0"
     if key in LEAST and value < LEAST[key]: return f"at least {LEAST[key]}"
     if key in MOST and value > MOST[key]: return f"at most {MOST[key]}"
 
-# %% ../nbs/19_config.ipynb #1f9c5ad0
+# %% ../nbs/19_config.ipynb #77a2820e
+def as_number(value):
+    "A text that is a number, as a number, also in a list; anything else as it is."
+    if isinstance(value, (list, tuple)): return type(value)(map(as_number, value))
+    if isinstance(value, str):
+        try: return float(value)
+        except ValueError: pass
+    return value
+
+# %% ../nbs/19_config.ipynb #e3650404
 KINDS = {f.name: f.type for f in fields(Settings)}
 
 def make_settings(values: dict, # setting → value
                   source: str = "The settings" # where they come from, for the message
                   ) -> Settings:
     "Settings from a dictionary. A `UsageError` names each key that is not known, with the nearest one that is, and each value that cannot be."
-    faults = []
+    values, faults = {k: as_number(v) if "float" in str(KINDS.get(k)) else v for k, v in values.items()}, []
     for key, value in values.items():
         if key not in KINDS:
             near = difflib.get_close_matches(str(key), KINDS, 1)
@@ -127,6 +147,10 @@ def make_settings(values: dict, # setting → value
         elif wanted := out_of_range(key, value): faults.append(f"{key} is {value!r}, but must be {wanted}")
     if values.get("names") and not faults and (ignore := values.get("ignore", Settings.ignore)) <= len(values["names"]):
         faults.append(f"ignore is {ignore}, which is the label of a name; it must be above {len(values['names'])}")
+    for a, b in ("expert_masks", "expert_weights"), ("archive", "embeddings"):
+        if values.get(a) and values.get(b): faults.append(f"{a} and {b} do not go together: with {a}, {b} would have no use")
+    for key in ("expert_masks", "expert_weights"):
+        if values.get(key) and values.get("experts") is False: faults.append(f"{key} has no use without experts")
     if faults: raise UsageError(f"{source}: {'; '.join(faults)}.")
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -135,7 +159,7 @@ def in_words(kind) -> str:
     if isinstance(kind, types.UnionType): kind = typing.get_args(kind)[0]
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, ("numbers" if ... in typing.get_args(kind) else "two numbers") if typing.get_origin(kind) is tuple else "names with their prompts")
 
-# %% ../nbs/19_config.ipynb #eb77c4f2
+# %% ../nbs/19_config.ipynb #3d6bdab1
 def parse_overrides(items: typing.Iterable[str] # "key=value"
                     ) -> dict:
     "What `--set` gives. Raises `UsageError` for what is no assignment."
@@ -145,19 +169,16 @@ def parse_overrides(items: typing.Iterable[str] # "key=value"
         if not equals or not key.strip(): raise UsageError(f'--set wants KEY=VALUE, not "{item}".')
         try: value = yaml.safe_load(text)
         except yaml.YAMLError: raise UsageError(f'--set {item}: the value cannot be read. Write a number, true or false, text, or [a, b].') from None
-        if isinstance(value, str) and KINDS.get(key.strip()) in (float, float | None):      # YAML takes 5e-4 for text
-            try: value = float(value)
-            except ValueError: pass
         values[key.strip()] = value
     return values
 
-# %% ../nbs/19_config.ipynb #83ec7efa
+# %% ../nbs/19_config.ipynb #8855bdb1
 def write_config(path: Path, settings: Settings):
     "Write the settings as YAML, atomically."
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
     with write_atomic(path) as tmp: tmp.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/19_config.ipynb #3cd92931
+# %% ../nbs/19_config.ipynb #6b59efa3
 def read_yaml(path: Path) -> dict:
     "The settings in a file as a dictionary. A `UserError` names what is wrong with the file."
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -165,7 +186,7 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict): raise UserError(f"{path} holds no settings (lines of KEY: VALUE).")
     return values
 
-# %% ../nbs/19_config.ipynb #82315dc2
+# %% ../nbs/19_config.ipynb #64ca9bcb
 def read_config(path: Path) -> Settings:
     "Read the settings of a run. A `UserError` names what is wrong with the file."
     if not path.exists(): raise UserError(f"{path.parent} is no run: it has no config.yaml. Start one with: namedmask run --images DIR --names NAMES --out {path.parent}")
@@ -173,7 +194,7 @@ def read_config(path: Path) -> Settings:
     if not {"images", "names"} <= values.keys(): raise UserError(f"{path} is not the configuration of a run.")
     return make_settings(values, str(path))
 
-# %% ../nbs/19_config.ipynb #cebe594c
+# %% ../nbs/19_config.ipynb #1105390f
 def differences(a: Settings, b: Settings) -> list[str]:
     "Which settings differ, in words. The version alone makes no difference."
     changed = [f"{f.name}: {getattr(a, f.name)!r}, now {getattr(b, f.name)!r}" for f in fields(Settings)
@@ -181,12 +202,12 @@ def differences(a: Settings, b: Settings) -> list[str]:
     if a.names == b.names and list(a.names) != list(b.names): changed.append(f"names in the order {', '.join(a.names)}, now {', '.join(b.names)}")
     return changed
 
-# %% ../nbs/19_config.ipynb #1c5a030e
+# %% ../nbs/19_config.ipynb #5139eefe
 def config_names() -> list[str]:
     "The configurations in the package."
     return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "paper")
 
-# %% ../nbs/19_config.ipynb #ee85f179
+# %% ../nbs/19_config.ipynb #6c6e935e
 def load_config(config: str | Path, # a name of `config_names`, or a file
                 seen: tuple = () # files that name it as their base
                 ) -> dict:
@@ -203,15 +224,17 @@ def load_config(config: str | Path, # a name of `config_names`, or a file
     make_settings(values, str(path))
     return values
 
-# %% ../nbs/19_config.ipynb #b527cda9
+# %% ../nbs/19_config.ipynb #a273fc75
 def settings_of(config: str | Path, root: str | Path | None = None, # the data root
                 **overrides # any setting
                 ) -> Settings:
     "The settings of a configuration on a machine: paths under `root`, the names of the benchmark, and what is overridden."
     values = load_config(config)
-    if root is not None: values["root"] = str(Path(root).expanduser().resolve())
+    if root is not None: values["root"] = str(root)
+    if overrides.get("arch") not in (None, values.get("arch")): values["backbone"] = None        # it is of another network
     values |= overrides
     make_settings(values, f"The settings with configuration {config}")
+    if values.get("root"): values["root"] = str(Path(values["root"]).expanduser().resolve())
     if values.get("root") and values.get("images"): values["images"] = str(Path(values["root"]) / values["images"])    # an absolute path stays as it is
     if not values.get("names") and values.get("benchmark"):
         from namedmask.benchmarks import load_benchmark

@@ -187,7 +187,9 @@ def test_other_settings_and_fresh(namedmask, folders):
 def test_a_run_is_quiet_and_tells_what_matters(finished):
     run, (code, out, err) = finished
     assert code == 0 and "segmenter.safetensors" in out and "report.html" in out
-    warnings = err.splitlines()
+    stages = [line for line in err.splitlines() if line.startswith("INFO: ")]     # err is no terminal: in place of bars a line as a stage begins and ends
+    assert len(stages) == 2 * len(read_json(run / "state.json")["stages"]) and stages[0] == "INFO: retrieval begins" and "report is done after" in stages[-1]
+    warnings = [line for line in err.splitlines() if line not in stages]
     assert len(warnings) == 1 and warnings[0].startswith("WARNING") and "zeppelin" in warnings[0]    # no bars, no chatter of libraries
     archive, state = read_json(run / "archive.json"), read_json(run / "state.json")
     assert {n: len(ps) for n, ps in archive.items()} == dict(guitar=4, mushroom=4, zeppelin=0) and all(Path(p).is_file() for ps in archive.values() for p in ps)
@@ -234,10 +236,10 @@ def test_an_evaluation(namedmask, finished, tmp_path):
     assert code == 0 and "guitar" in out and not err
     scores = read_json(tmp_path / "s.json")
     assert {"miou", "miou_present", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "iou"} <= set(scores)
-    assert read_json(finished[0] / "state.json")["scores"]["demo"] == scores
+    assert scores | read_json(finished[0] / "state.json")["scores"]["demo"] == scores and (scores["benchmark"], scores["split"]) == ("demo", "val")
     code, out, err = namedmask("evaluate", "--run", finished[0], "--benchmark", "demo", "--limit", 2, "--json", tmp_path / "part.json")
-    assert code == 0 and read_json(tmp_path / "part.json") != scores
-    assert read_json(finished[0] / "state.json")["scores"]["demo"] == scores         # a part does not take the place of the whole
+    assert code == 0 and read_json(tmp_path / "part.json")["photos"] == 2 < scores["photos"]
+    assert scores | read_json(finished[0] / "state.json")["scores"]["demo"] == scores         # a part does not take the place of the whole
 
 
 def test_scores_are_not_lost_where_the_run_is_busy(namedmask, finished, tmp_path, caplog):
@@ -324,7 +326,8 @@ def test_ctrl_c(finished, photos, tmp_path):
     run.send_signal(signal.SIGINT)
     try: out, err = run.communicate(timeout=60)
     finally: run.kill()
-    assert run.returncode == 130 and err == "Stopped. The same command goes on from here.\n" and not out
+    *before, last = err.splitlines()
+    assert run.returncode == 130 and last == "Stopped. The same command goes on from here." and all(line.startswith("INFO: ") for line in before) and not out
     stages = read_json(tmp_path / "run" / "state.json")["stages"]
     assert stages["saliency"]["done"] and not stages["distill"]["done"] and stages["distill"]["seconds"] > 0
     assert not list((tmp_path / "run").rglob(".writing-*"))

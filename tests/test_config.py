@@ -64,7 +64,8 @@ def test_overrides_win_and_names_come_from_the_benchmark(tmp_path):
 
 
 def test_overrides_are_read_as_yaml():
-    assert parse_overrides(["lr=1e-3", "scale=[0.2, 1]", "archive=null", "arch=resnet101"]) == dict(lr=1e-3, scale=[0.2, 1], archive=None, arch="resnet101")
+    assert parse_overrides(["lr=1e-3", "scale=[0.2, 1]", "archive=null", "arch=resnet101"]) == dict(lr="1e-3", scale=[0.2, 1], archive=None, arch="resnet101")
+    assert make_settings(dict(lr="1e-3", scale=["1e-1", 1])).scale == (0.1, 1) and make_settings(dict(lr="1e-3")).lr == 1e-3
     for bad in ("steps", "=3", "steps=[1"):
         with pytest.raises(UserError, match="--set"): parse_overrides([bad])
 

@@ -1,5 +1,5 @@
 "The paper's stack from end to end, in miniature: a row's configuration, files in the published formats, and weights filled from a seed."
-import json, shutil
+import json, os, shutil
 
 import numpy as np, pytest, torch
 from PIL import Image
@@ -321,3 +321,99 @@ def test_names_need_no_data(tmp_path):
     torch.save(make_segmenter("resnet50", 21, False).state_dict(), tmp_path / "w.pt")
     call("convert", tmp_path / "w.pt", tmp_path / "voc.safetensors", "--benchmark", "voc2012")
     assert load_segmenter(tmp_path / "voc.safetensors").names[19] == "tv/monitor"
+
+
+def test_masks_of_the_benchmark_that_is_meant(tmp_path):
+    "Refined masks of several benchmarks lie side by side, for the same photographs."
+    photos_at(tmp_path, "n/1.jpg")
+    for k, name in enumerate(("coca", "voc2012")): write_mask(tmp_path / "masks" / name / "n/1.json", np.full((40, 60), bool(k)))
+    with pytest.raises(UserError, match="in coca, voc2012. Give the one"): import_masks(tmp_path / "masks", tmp_path / "photos", ["n/1.jpg"], tmp_path / "a")
+    import_masks(tmp_path / "masks", tmp_path / "photos", ["n/1.jpg"], tmp_path / "b", ("cat", "voc2012", "voc2012_object"))
+    assert read_mask(mask_file(tmp_path / "b", "n/1.jpg")).all()
+    import_masks(tmp_path / "masks/coca", tmp_path / "photos", ["n/1.jpg"], tmp_path / "c")
+    assert not read_mask(mask_file(tmp_path / "c", "n/1.jpg")).any()
+    import_masks(tmp_path / "b", tmp_path / "photos", ["n/1.jpg"], tmp_path / "d")          # those of a run, under its own names
+    assert read_mask(mask_file(tmp_path / "d", "n/1.jpg")).all()
+
+
+def test_new_dates_cost_no_training(data, tmp_path):
+    "A copy of ImageNet with other dates is the same ImageNet; another photograph in place of one is not."
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    command = ["run", *quick(root), "--out", tmp_path / "r"]
+    call(*command)
+    kept = {p: p.stat().st_mtime_ns for p in (*(tmp_path / "r/experts").iterdir(), tmp_path / "r/segmenter.safetensors")}
+    photo = root / "ImageNet2012/train/n00000000/n00000000_0.JPEG"
+    os.utime(photo, (1, 1))
+    call(*command)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    Image.new("RGB", (160, 120)).save(photo)
+    call(*command)
+    assert all(p.stat().st_mtime_ns != t for p, t in kept.items())
+
+
+def test_what_nothing_depends_on_may_be_corrected(data, tmp_path):
+    "A file that is not where it was thought to be is told before the first stage, and can be given without losing what is done."
+    from namedmask.pipeline import run_all
+    archive, out = data / "archive.json", tmp_path / "r"
+    small = [a for a in quick(data) if "saliency_masks" not in str(a)]
+    small = [a for k, a in enumerate(small) if not (a == "--set" and k + 1 < len(small) and small[k + 1] == "--set")]
+    def fails(words, *more):
+        result = CliRunner().invoke(app, [str(a) for a in ("run", *small, "--out", out, *more)])
+        assert result.exit_code == 1 and words in " ".join(result.output.split()), result.output
+    fails("no file", "--set", "selfmask=/no/such.pt")
+    assert not (out / "archive.json").exists()
+    fails("does not fit", "--set", f"selfmask={data/'selfmask.pt'}", "--set", f"backbone={data/'selfmask.pt'}")
+    fails("no folder of expert weights", "--set", f"selfmask={data/'selfmask.pt'}", "--set", "expert_weights=/no/such")
+    fails("made with other settings (seed", "--set", f"selfmask={data/'selfmask.pt'}", "--seed", "5")
+    call("run", *quick(data), "--out", out)                                                # corrected: masks from elsewhere
+    assert (out / "segmenter.safetensors").exists()
+    fails("made with other settings (", "--set", f"saliency_masks={tmp_path}")             # now something depends on it
+
+
+def test_experts_that_are_none(data, tmp_path):
+    "A folder in which nothing fits does not start days of training; a run's own experts fit another run."
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["run", *map(str, quick(data, "--set", f"expert_weights={tmp_path/'empty'}")), "--out", str(tmp_path / "r")])
+    assert result.exit_code == 1 and "has no expert of bird, sheep, car" in " ".join(result.output.split())
+    from namedmask.deeplab import save_segmenter
+    from namedmask.pipeline import import_experts
+    save_segmenter(tmp_path / "mine/bird.safetensors", make_segmenter("resnet50", 2, False), ["bird"])
+    assert import_experts(tmp_path / "mine", ["bird", "car"], tmp_path / "out") == ["car"] and (tmp_path / "out/bird.safetensors").exists()
+
+
+def test_embeddings_of_another_network_or_of_another_run(data, tmp_path):
+    from namedmask.config import Settings
+    from namedmask.core import read_names
+    from namedmask.pipeline import run_retrieval
+    images = data / "ImageNet2012/train"
+    torch.save({p.name: torch.rand(8) for p in images.rglob("*.JPEG")}, tmp_path / "e.pkl")
+    made = lambda folder, **kw: Run(tmp_path / folder, Settings(images=str(images), names=read_names("rooster, sheep"), **kw), "cpu")
+    with pytest.raises(UserError, match="have 8 numbers each"): run_retrieval(made("a", embeddings=str(tmp_path / "e.pkl")))
+    first = run_retrieval(made("b"))
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "b/embeddings").rglob("*.npy")}
+    assert run_retrieval(made("c", embeddings=str(tmp_path / "b/embeddings"))) == first and shards
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "b/embeddings").rglob("*.npy")} == shards and not (tmp_path / "c/embeddings").exists()
+
+
+@pytest.mark.parametrize("bad, words", [(dict(expert_masks="a", expert_weights="b"), "do not go together"), (dict(archive="a", embeddings="b"), "do not go together"),
+                                        (dict(experts=False, expert_masks="a"), "no use without experts"), (dict(blur=2), "at most 1"),
+                                        (dict(crop=100_000), "at most 4096"), (dict(sigma=[2, 1]), "two numbers above 0")])
+def test_settings_that_make_no_sense_together(bad, words):
+    from namedmask.config import make_settings
+    with pytest.raises(UserError, match=words): make_settings(bad)
+
+
+def test_the_whole_recipe_can_be_set():
+    from namedmask.config import PAPER, load_config, make_settings, resolve, settings_of
+    from namedmask.copy_paste import Augment
+    from namedmask.pipeline import recipes
+    from namedmask.training import Recipe
+    given = dict(weight_decay=1e-3, power=1.0, min_lr=0.0, flip=0.0, jitter_p=0.1, grey=0.0, blur=0.9, sigma=(1.0, 3.0), amp=False)
+    augment, recipe, expert_augment, expert, warm = recipes(resolve(make_settings(load_config("voc2012") | given), "cpu"))
+    for k, v in given.items():
+        for x in (augment, expert_augment) if k in Augment.__dataclass_fields__ else (recipe, expert, warm): assert getattr(x, k) == v, k
+    augment, recipe, *_ = recipes(resolve(make_settings(load_config("voc2012")), "cpu"))                       # paper.yaml says the same as the defaults
+    for k in given.keys() & PAPER.keys(): assert getattr(augment if k in Augment.__dataclass_fields__ else recipe, k) == getattr(Augment() if k in Augment.__dataclass_fields__ else Recipe(), k)
+    assert resolve(settings_of("voc2012", None, names={"cat": ["cat"]}, arch="mobilenetv2_100"), "cpu").backbone is None
+    assert resolve(make_settings(load_config("voc2012")), "cpu").backbone == "dino_resnet50"
