@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunDir', 'Device', 'polite', 'version', 'common', 'tell_skipped', 'run_command', 'stage_command', 'saliency',
            'check_output', 'experts', 'Format', 'predict', 'evaluate', 'download', 'convert', 'demo', 'main']
 
-# %% ../nbs/21_cli.ipynb #24de7b21
+# %% ../nbs/21_cli.ipynb #57a772cc
 import functools, logging, os, sys, tempfile
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing_extensions import Annotated
 from . import __version__
 from .core import UsageError, UserError, is_offline, write_error, write_json
 
-# %% ../nbs/21_cli.ipynb #2e828be6
+# %% ../nbs/21_cli.ipynb #14360697
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
     help="**NamedMask**: category names and unlabelled photographs in, a network that segments and names those things out.\n\n"
          "Start with a folder of photographs and some names:\n\n"
@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
          "`namedmask predict --run runs/pets photos --out masks --format overlay`\n\n"
          "A command that was stopped, or killed, goes on where it was when it is given again.")
 
-# %% ../nbs/21_cli.ipynb #2bfe3bc5
+# %% ../nbs/21_cli.ipynb #e3b47439
 def polite(command):
     "Failures as one line and an exit code."
     @functools.wraps(command)
@@ -40,7 +40,7 @@ def polite(command):
         raise typer.Exit(code)
     return wrapped
 
-# %% ../nbs/21_cli.ipynb #ff95d802
+# %% ../nbs/21_cli.ipynb #a4dc191d
 RunDir = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -58,13 +58,13 @@ def common(
     if offline: os.environ["NAMEDMASK_OFFLINE"] = "1"
     if is_offline(): os.environ["HF_HUB_OFFLINE"] = "1"
 
-# %% ../nbs/21_cli.ipynb #dcfed3a5
+# %% ../nbs/21_cli.ipynb #23552e70
 def tell_skipped(skipped: list[dict] # of photo and reason
                  ):
     "A line on stderr for each photograph that was passed over; odd characters in its name are written out."
     for s in skipped: typer.echo(f"skipped {s['photo'] if s['photo'].isprintable() else ascii(s['photo'])}: {s['reason']}", err=True)
 
-# %% ../nbs/21_cli.ipynb #73480a1f
+# %% ../nbs/21_cli.ipynb #2a244536
 @app.command("run")
 @polite
 def run_command(
@@ -94,7 +94,7 @@ def run_command(
     done = run(images, names, out, device, fresh, config, root, **settings)
     typer.echo(f"Segmenter: {done.files.segmenter}\nReport:    {done.files.report}")
 
-# %% ../nbs/21_cli.ipynb #d9eb0193
+# %% ../nbs/21_cli.ipynb #99239eb3
 def stage_command(name: str, function: str, text: str):
     "A command that runs one stage of a run folder."
     def command(run: RunDir, device: Device = "auto"):
@@ -108,7 +108,7 @@ for args in [("retrieve", "run_retrieval", "First stage: which photographs show 
              ("distill", "run_distill", "Fourth stage: train the segmenter on the masks, by copy-paste."),
              ("report", "run_report", "Write report.html, of a finished run or of one under way.")]: stage_command(*args)
 
-# %% ../nbs/21_cli.ipynb #dc751160
+# %% ../nbs/21_cli.ipynb #ccedc178
 @app.command()
 @polite
 def saliency(
@@ -132,7 +132,7 @@ def saliency(
     tell_skipped(skipped)
     typer.echo(f"Masks: {out}" + (f" ({len(skipped)} files skipped)" if skipped else ""))
 
-# %% ../nbs/21_cli.ipynb #3e4e86ec
+# %% ../nbs/21_cli.ipynb #2c13ffe5
 def check_output(path: Path):
     "Raise `UserError` where a file cannot be written."
     if path.is_dir(): raise UserError(f"{path} is a folder. Give a file.")
@@ -141,11 +141,12 @@ def check_output(path: Path):
         with tempfile.TemporaryFile(dir=path.parent): pass
     except OSError as error: raise write_error(path, error) from None
 
-# %% ../nbs/21_cli.ipynb #ee579c09
+# %% ../nbs/21_cli.ipynb #8e5792d8
 @app.command()
 @polite
 def experts(
-    run: RunDir,
+    run: Annotated[Optional[Path], typer.Option("--run", help="The run folder.", show_default=False)] = None,
+    weights: Annotated[Optional[str], typer.Option(help="In place of a run, with --judge: a folder of expert_NAME.pt, or `experts` for those that are published.", show_default=False)] = None,
     judge: Annotated[Optional[str], typer.Option(metavar="BENCHMARK", help="Afterwards judge each expert on the photographs of a benchmark that show its name.", show_default=False)] = None,
     root: Annotated[Optional[Path], typer.Option(help="With --judge: the data root, or the benchmark's own folder.", show_default=False)] = None,
     split: Annotated[Optional[str], typer.Option(help="With --judge: which part of the benchmark. [default: train of voc2012 and cityscapes, else the part that is scored]", show_default=False)] = None,
@@ -155,17 +156,20 @@ def experts(
 ):
     "Third stage: a small network for each name refines its masks."
     from namedmask import pipeline
-    r = pipeline.Run(run, device=device)
-    bench = pipeline.bench_for_experts(r, judge, root, split) if judge else None     # before hours of training
+    if (run is None) == (weights is None) or weights and not judge: raise typer.BadParameter("give --run, or --weights and --judge")
     if json: check_output(json)
-    pipeline.run_expert_stage(r)
-    typer.echo(r)
-    if bench is None: return
-    judged = pipeline.judge_experts(r, bench, limit)
+    if weights: judged = pipeline.judge_published(weights, judge, root, split, limit, device)
+    else:
+        r = pipeline.Run(run, device=device)
+        bench = pipeline.bench_for_experts(r, judge, root, split) if judge else None     # before hours of training
+        pipeline.run_expert_stage(r)
+        typer.echo(r)
+        if bench is None: return
+        judged = pipeline.judge_experts(pipeline.experts_of(r), bench, limit, r.device)
     for name, (iou, n) in judged.items(): typer.echo(f"{name:24} {'no photograph' if iou is None else f'{100 * iou:5.1f}  over {n} photographs'}")
     if json: write_json(json, {name: iou for name, (iou, _) in judged.items()}, indent=1)
 
-# %% ../nbs/21_cli.ipynb #7722b987
+# %% ../nbs/21_cli.ipynb #e9627826
 class Format(str, Enum):
     "What `predict` writes."
     png = "png"
@@ -173,7 +177,7 @@ class Format(str, Enum):
     coco = "coco"
     npz = "npz"
 
-# %% ../nbs/21_cli.ipynb #c89660c1
+# %% ../nbs/21_cli.ipynb #e558365a
 @app.command()
 @polite
 def predict(
@@ -192,7 +196,7 @@ def predict(
     typer.echo(f"{len(result.done)} photographs segmented in {out}" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
     if result.skipped and not result.done: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #c1d36462
+# %% ../nbs/21_cli.ipynb #2e3a719d
 @app.command()
 @polite
 def evaluate(
@@ -222,7 +226,7 @@ def evaluate(
     Console().print(score_table(scores, benchmark))
     if weights: Console().print(beside_paper(scores, benchmark, f"{split}{f', {scores.photos} photographs' if limit else ''}"))
 
-# %% ../nbs/21_cli.ipynb #9fb5b96c
+# %% ../nbs/21_cli.ipynb #a9d6651e
 @app.command()
 @polite
 def download(
@@ -236,7 +240,7 @@ def download(
         return Console().print(downloads_table())
     download(what, lambda name, path: typer.echo(f"{name}: {path}"), offline=offline)
 
-# %% ../nbs/21_cli.ipynb #25e5a32f
+# %% ../nbs/21_cli.ipynb #6a3940f0
 @app.command()
 @polite
 def convert(
@@ -252,7 +256,7 @@ def convert(
     convert(source, target, names_for(names, benchmark, root))
     typer.echo(target)
 
-# %% ../nbs/21_cli.ipynb #75b355c3
+# %% ../nbs/21_cli.ipynb #3c803146
 @app.command()
 @polite
 def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"), device: Device = "auto"):
@@ -267,7 +271,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs
     run_report(done)
     typer.echo(f"Report: {done.files.report.resolve()}")
 
-# %% ../nbs/21_cli.ipynb #a7e0f1a8
+# %% ../nbs/21_cli.ipynb #26dba5d7
 def main(args: list[str] | None = None):
     "The command line. Leaves with 0, 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

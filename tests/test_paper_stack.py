@@ -417,3 +417,18 @@ def test_the_whole_recipe_can_be_set():
     for k in given.keys() & PAPER.keys(): assert getattr(augment if k in Augment.__dataclass_fields__ else recipe, k) == getattr(Augment() if k in Augment.__dataclass_fields__ else Recipe(), k)
     assert resolve(settings_of("voc2012", None, names={"cat": ["cat"]}, arch="mobilenetv2_100"), "cpu").backbone is None
     assert resolve(make_settings(load_config("voc2012")), "cpu").backbone == "dino_resnet50"
+
+
+def test_published_experts_are_judged_without_a_run(data, done, tmp_path):
+    torch.manual_seed(3)
+    model = make_segmenter("resnet50", 2, False)
+    (tmp_path / "experts").mkdir(); torch.save(model.state_dict(), tmp_path / "experts/expert_bird.pt")
+    text = call("experts", "--weights", tmp_path / "experts", "--judge", "voc2012", "--root", data, "--json", tmp_path / "j.json", "--device", "cpu")
+    assert set(json.loads((tmp_path / "j.json").read_text())) == {"bird"} and "bird" in text
+    own = call("experts", "--run", done, "--judge", "voc2012", "--root", data, "--json", tmp_path / "own.json", "--device", "cpu")
+    theirs = call("experts", "--weights", done / "experts", "--judge", "voc2012", "--root", data, "--json", tmp_path / "theirs.json", "--device", "cpu")
+    assert json.loads((tmp_path / "own.json").read_text()) == json.loads((tmp_path / "theirs.json").read_text()) and "photographs" in own and "photographs" in theirs
+    for args in (["--weights", str(tmp_path)], ["--run", str(done), "--weights", str(tmp_path)], []):
+        assert CliRunner().invoke(app, ["experts", *args]).exit_code == 2
+    result = CliRunner().invoke(app, ["experts", "--weights", str(tmp_path), "--judge", "voc2012", "--root", str(data)])
+    assert result.exit_code == 1 and "has no expert of aeroplane" in " ".join(result.output.split())
