@@ -8,7 +8,7 @@ __all__ = ['MIN_SIDE', 'PAPER_SCORES', 'confusion', 'Scores', 'scores_of', 'to_i
            'spread', 'ImageNetSTally', 'evaluate', 'score_table', 'plot_confusion', 'plot_iou', 'beside_paper',
            'load_weights', 'evaluate_published', 'export_predictions']
 
-# %% ../nbs/13_evaluate.ipynb #92f66d90
+# %% ../nbs/13_evaluate.ipynb #d42adc17
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ from .deeplab import DeepLabV3Plus, load_published, load_segmenter, normalise
 from .viz import palette
 from .weights import find
 
-# %% ../nbs/13_evaluate.ipynb #e0da284c
+# %% ../nbs/13_evaluate.ipynb #c2332aa2
 def _count(labels, predictions, n):
     "`confusion` of predictions that are known to be in 0..n-1."
     labels, predictions = labels.flatten().int(), predictions.flatten().int()
@@ -48,7 +48,7 @@ def confusion(
     if least < 0 or most >= n_classes: raise ValueError(f'predictions of {least} to {most} for {n_classes} classes')
     return _count(labels, predictions, n_classes)
 
-# %% ../nbs/13_evaluate.ipynb #ffc1f811
+# %% ../nbs/13_evaluate.ipynb #9673800b
 @dataclass(frozen=True)
 class Scores:
     "The five scores of the literature, with the confusion matrix they were read off; undefined ones are None."
@@ -63,7 +63,7 @@ class Scores:
     photos: int|None = None            # how many photographs they are of, where that is known
     def to_json(self)->dict: return {k: v for k, v in vars(self).items() if k != 'confusion' and (k not in ('imagenet_s', 'photos') or v is not None)}
 
-# %% ../nbs/13_evaluate.ipynb #0343b85e
+# %% ../nbs/13_evaluate.ipynb #a16ae0bc
 def scores_of(
     matrix:np.ndarray|torch.Tensor, # (C, C) confusion matrix, rows truth
     names:list[str], # of the C-1 classes after the background
@@ -80,7 +80,7 @@ def scores_of(
                   mean_accuracy=mean(accuracy), frequency_weighted_iou=mean(iou[occurs], weights),
                   iou={n: float(v) if s else None for n, v, s in zip(['background', *names], iou, scored)}, confusion=m)
 
-# %% ../nbs/13_evaluate.ipynb #66949447
+# %% ../nbs/13_evaluate.ipynb #66eab0f6
 def to_input(
     photo:Image.Image, # RGB
     model:torch.nn.Module, # its `mean` and `std` are used
@@ -90,7 +90,7 @@ def to_input(
     pixels = torch.from_numpy(np.array(photo)).to(device).permute(2, 0, 1)[None]
     return normalise(pixels, model.mean, model.std)
 
-# %% ../nbs/13_evaluate.ipynb #2e94efc0
+# %% ../nbs/13_evaluate.ipynb #9f90cecf
 MIN_SIDE = 32
 
 def _continued(x, model):
@@ -108,7 +108,7 @@ def whole_logits(
     "The logits of one photograph at its own size, in one piece."
     return model(_continued(to_input(photo, model, device), model))[0, :, :photo.height, :photo.width].float()
 
-# %% ../nbs/13_evaluate.ipynb #0285e03b
+# %% ../nbs/13_evaluate.ipynb #37337508
 def _least_corner(x):
     "(C, h, w) → the least of each place and its neighbours to the right, below, and both."
     x = torch.cat([torch.minimum(x[..., :-1], x[..., 1:]), x[..., -1:]], -1)
@@ -123,7 +123,7 @@ def contenders(
     lowest = -F.max_pool2d(F.pad(-bar[None, None], (1, 0, 1, 0), value=-torch.inf), 2, stride=1)[0, 0] # a place belongs to four cells
     return (~(logits < lowest - 1e-5*top.abs().max())).flatten(1).any(1).nonzero().flatten()          # some slack for rounding
 
-# %% ../nbs/13_evaluate.ipynb #30d4485c
+# %% ../nbs/13_evaluate.ipynb #454a164a
 def largest(
     logits:torch.Tensor, # (C, h, w)
     size:tuple[int, int], # (H, W) to enlarge to
@@ -141,7 +141,7 @@ def largest(
             best, labels = torch.where(better, top, best), torch.where(better, part[which], labels)
     return labels
 
-# %% ../nbs/13_evaluate.ipynb #75efda93
+# %% ../nbs/13_evaluate.ipynb #9821946f
 def to_edges(
     opinion:torch.Tensor, # (C, h, w) float32 probabilities
     photo:Image.Image,    # RGB
@@ -156,7 +156,7 @@ def to_edges(
         drawn[i] = torch.from_numpy(x)
     return drawn
 
-# %% ../nbs/13_evaluate.ipynb #b36de7fb
+# %% ../nbs/13_evaluate.ipynb #bd91fe71
 @torch.inference_mode()
 def view_opinion(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -171,7 +171,7 @@ def view_opinion(
     mean = torch.stack([F.interpolate(p, size=(h, w), mode='bilinear', align_corners=False)[0] for p in seen]).mean(0)
     return to_edges(mean, photo, model.edges) if getattr(model, 'edges', None) else mean
 
-# %% ../nbs/13_evaluate.ipynb #6853618c
+# %% ../nbs/13_evaluate.ipynb #97fbbda1
 @torch.inference_mode()
 def label_maps(
     model:torch.nn.Module, # a segmenter, in eval mode
@@ -185,7 +185,7 @@ def label_maps(
     (w, h), size = photos[0].size, x.shape[-2:]
     return torch.stack([largest(l, size)[:h, :w] for l in logits.float().contiguous()])
 
-# %% ../nbs/13_evaluate.ipynb #5e85b293
+# %% ../nbs/13_evaluate.ipynb #cdc03cf8
 def map_ahead(
     f:Callable, items:Iterable, # `f(item)` is wanted for each item, in order
     workers:int=2, # threads; at most twice as many results wait
@@ -200,7 +200,7 @@ def map_ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/13_evaluate.ipynb #6026c1e3
+# %% ../nbs/13_evaluate.ipynb #6bf7d4d9
 def _stored(path, size=None):
     "A photograph as its pixels are stored, or upright where only that has `size`, (width, height)."
     upright = read_photo(path)
@@ -226,7 +226,7 @@ def photo_and_labels(
         raise UserError(f'{path} is {size} pixels, but its label map is {of_labels}. Get the benchmark afresh.')
     return photo, torch.from_numpy(truth.astype(np.int32) if truth.dtype == np.uint16 else truth)
 
-# %% ../nbs/13_evaluate.ipynb #ce28686f
+# %% ../nbs/13_evaluate.ipynb #408c6115
 def by_size(
     items:Iterable[tuple], # each begins with a photograph
     bs:int, # at most so many together
@@ -245,7 +245,7 @@ def by_size(
         yield groups.pop(size)
     yield from groups.values()
 
-# %% ../nbs/13_evaluate.ipynb #f304c68f
+# %% ../nbs/13_evaluate.ipynb #d3033052
 def _id_table(model, benchmark, device):
     "(1 + names of the model,) int64: the model's id → the benchmark's, 0 where it has none."
     ids = match_names(model.names, benchmark.names)
@@ -254,7 +254,7 @@ def _id_table(model, benchmark, device):
 
 def _batch(device): return 8 if torch.device(device).type == 'cuda' else 1
 
-# %% ../nbs/13_evaluate.ipynb #f6557bfd
+# %% ../nbs/13_evaluate.ipynb #2d711908
 def spread(
     pairs:list,
     limit:int|None, # None = all
@@ -262,7 +262,7 @@ def spread(
     "Evenly taken items."
     return [pairs[i*len(pairs)//limit] for i in range(limit)] if limit and limit < len(pairs) else pairs
 
-# %% ../nbs/13_evaluate.ipynb #6db25bb2
+# %% ../nbs/13_evaluate.ipynb #e4954b81
 class ImageNetSTally:
     "What ImageNet-S's own evaluator counts, photograph by photograph."
     sizes = dict(S=5, MS=25, ML=50, L=100) # a class has at most so many per cent of the pixels
@@ -301,7 +301,7 @@ class ImageNetSTally:
         by_size = {k: mean(iou[i][occurs[i]]) for i, k in enumerate(self.sizes, 1)}
         return dict(Acc=accuracy, mIoU=mean(iou[0]), **by_size, FMeasure=f)
 
-# %% ../nbs/13_evaluate.ipynb #2b023f12
+# %% ../nbs/13_evaluate.ipynb #70da00cd
 def evaluate(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark,   # restricted to the model's names, or whole
@@ -328,7 +328,7 @@ def evaluate(
     finally: model.train(was_training)
     return replace(scores_of(matrix, benchmark.names), imagenet_s=tally and tally.scores(), photos=len(pairs))
 
-# %% ../nbs/13_evaluate.ipynb #2f6b0d26
+# %% ../nbs/13_evaluate.ipynb #95ebc439
 def score_table(
     scores:Scores,
     title:str='', # above the table
@@ -346,7 +346,7 @@ def score_table(
     for key, v in (scores.imagenet_s or {}).items(): table.add_row(f'ImageNet-S {key}', percent(v), '')
     return table
 
-# %% ../nbs/13_evaluate.ipynb #8f3a9e00
+# %% ../nbs/13_evaluate.ipynb #2b5f5484
 def plot_confusion(
     scores:Scores,
     most:int=24, # draw no more classes than this
@@ -367,7 +367,7 @@ def plot_confusion(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #5435fdfb
+# %% ../nbs/13_evaluate.ipynb #e403da8e
 def plot_iou(
     scores:Scores,
     most:int=40, # draw no more classes than this, the best
@@ -385,7 +385,7 @@ def plot_iou(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/13_evaluate.ipynb #19e54a1c
+# %% ../nbs/13_evaluate.ipynb #df2ef0c1
 PAPER_SCORES = dict(cityscapes=(18.2, 93.0), coca=(27.4, 82.0), coco2017=(27.7, 76.4), imagenet_s50=(47.5, None), imagenet_s300=(33.1, None),
              imagenet_s919=(23.1, None), voc2012=(59.3, 89.2))
 "Benchmark → (mean IoU %, pixel accuracy %) of the published segmenters (arXiv 2209.11228)."
@@ -405,7 +405,7 @@ def beside_paper(
     if benchmark.startswith('imagenet_s'): table.caption = "the paper's figure is of the test part"
     return table
 
-# %% ../nbs/13_evaluate.ipynb #ccb1d8b6
+# %% ../nbs/13_evaluate.ipynb #132073ef
 def load_weights(
     weights:str|Path, # a published .pt file or name, or a .safetensors file of ours
     names:list[str], # of the benchmark; a file of ours knows its own, and they may be fewer or in another order
@@ -415,7 +415,7 @@ def load_weights(
     path = find(weights)
     return load_segmenter(path, device) if path.suffix == '.safetensors' else load_published(path, names, device=device)
 
-# %% ../nbs/13_evaluate.ipynb #d5549292
+# %% ../nbs/13_evaluate.ipynb #5edc0773
 def evaluate_published(
     weights:str|Path, # a published .pt file, or a .safetensors file of ours
     benchmark:str, # a name that `load_benchmark` knows
@@ -429,7 +429,7 @@ def evaluate_published(
     device, bench = pick_device(device) if isinstance(device, str) else device, load_benchmark(benchmark, root, split)
     return evaluate(load_weights(weights, bench.names, device), bench, device, limit, progress)
 
-# %% ../nbs/13_evaluate.ipynb #9c941241
+# %% ../nbs/13_evaluate.ipynb #d613dc28
 def _fingerprint(model):
     "A hash of a segmenter's names, weights and ways of looking."
     h = hashlib.sha256(repr((list(model.names), getattr(model, 'views', ()), getattr(model, 'edges', None))).encode())
@@ -447,7 +447,7 @@ def _claim(out, made_by):
         raise UserError(f'{out} is not empty, and nothing tells whose predictions it holds. Choose another folder.')
     write_json(record, made_by)
 
-# %% ../nbs/13_evaluate.ipynb #b3bb8bea
+# %% ../nbs/13_evaluate.ipynb #eef09e59
 def export_predictions(
     model:torch.nn.Module, # a segmenter: `names`, `mean`, `std`; its mode is kept
     benchmark:Benchmark, # of ImageNet-S, any part of it; its label files are not looked at
@@ -458,7 +458,7 @@ def export_predictions(
 )->int: # photographs that were predicted now
     "Write a label map for each photograph in ImageNet-S's format; run again, it goes on where it stopped."
     out, table = Path(out).expanduser(), _id_table(model, benchmark, device)
-    _claim(out, dict(segmenter=_fingerprint(model), benchmark=benchmark.name, photographs=sorted({str(p.parent.parent) for p, _ in benchmark})))
+    _claim(out, dict(segmenter=_fingerprint(model), benchmark=benchmark.name, part=sorted({p.parent.parent.name for p, _ in benchmark})))
     sweep(out)
     merge = MERGED if benchmark.name == 'imagenet_s919' else {}
     todo = [(p, out/merge.get(p.parent.name, p.parent.name)/f'{p.stem}.png') for p, _ in benchmark]

@@ -11,7 +11,7 @@ __all__ = ['log', 'STAGES', 'LATE', 'digest', 'State', 'check_images', 'Run', 's
            'default_split', 'weights_for', 'score_weights', 'export_for_server', 'names_for', 'judged_split',
            'bench_for_experts', 'experts_of', 'judge_experts', 'judge_published']
 
-# %% ../nbs/20_pipeline.ipynb #da14731f
+# %% ../nbs/20_pipeline.ipynb #faeafb6a
 import hashlib, json, logging, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,12 +26,12 @@ from .core import (RunFolder, UsageError, UserError, human_time, list_photos, lo
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/20_pipeline.ipynb #c7fc8dff
+# %% ../nbs/20_pipeline.ipynb #06be6a88
 def digest(*things) -> str:
     "A short fingerprint of things that JSON can write."
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-# %% ../nbs/20_pipeline.ipynb #5bee865f
+# %% ../nbs/20_pipeline.ipynb #06882d46
 STAGES = ["retrieval", "saliency", "experts", "distill", "evaluate", "report"]
 
 class State:
@@ -65,17 +65,17 @@ class State:
         self.notes["skipped"] += [dict(photo=s["photo"], reason=s["reason"], stage=stage) for s in skipped]
         write_json(self.path, self.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #39f18335
+# %% ../nbs/20_pipeline.ipynb #8c339bcb
 def check_images(images: str | Path):
     "A `UserError` unless `images` is a folder."
     if not Path(images).is_dir(): raise UserError(f"There is no folder of photographs {images}. Give one with --images.")
 
-# %% ../nbs/20_pipeline.ipynb #0fd1185f
+# %% ../nbs/20_pipeline.ipynb #a068c4ae
 LATE = dict(n_images="retrieval", archive="retrieval", embeddings="retrieval", encoder="retrieval", encoder_weights="retrieval",
             selfmask="saliency", saliency_masks="saliency", backbone="experts", expert_masks="experts", expert_weights="experts", eval_limit="distill")
 "Setting → the first stage that depends on it, for those that say where something comes from."
 
-# %% ../nbs/20_pipeline.ipynb #f3cd4bb2
+# %% ../nbs/20_pipeline.ipynb #aabfca68
 class Run:
     "A run folder with its settings and its stages."
     def __init__(self, folder: str | Path, settings: Settings | None = None, # None: those in the folder
@@ -121,7 +121,7 @@ class Run:
 
     def __repr__(self): return f"Run({str(self.files.root)!r}, names={self.names}, done={[s for s in STAGES if self.state.notes['stages'].get(s, {}).get('done')]})"
 
-# %% ../nbs/20_pipeline.ipynb #fe7227bb
+# %% ../nbs/20_pipeline.ipynb #56237f53
 @contextmanager
 def stage(run: Run, name: str, inputs: str):
     "Run the block as a stage: note its time and what it skipped (the list that it gets), also when it fails."
@@ -138,25 +138,25 @@ def stage(run: Run, name: str, inputs: str):
             run.state.end(name, time.monotonic() - t, skipped, done)
             log.info("%s %s after %s", name, "is done" if done else "stopped", human_time(time.monotonic() - t))
 
-# %% ../nbs/20_pipeline.ipynb #e36223e3
+# %% ../nbs/20_pipeline.ipynb #ac8567e7
 def wishes(s: Settings, **without # settings that do not matter here, with a neutral value
            ) -> dict:
     "The settings as a stage's digest has them."
     return {k: list(v.items()) if k == "names" else v for k, v in asdict(replace(s, version="", **without)).items() if v is not None}
 
-# %% ../nbs/20_pipeline.ipynb #7b95d73f
+# %% ../nbs/20_pipeline.ipynb #51c0b4a4
 def encoder_of(s: Settings, device):
     "The image-text encoder that the settings ask for."
     from namedmask.encoders import make_encoder
     return make_encoder(s.stack, device, **(dict(model=s.encoder, pretrained=s.encoder_weights) if s.stack == "paper" else {}))
 
-# %% ../nbs/20_pipeline.ipynb #4f3d11a9
+# %% ../nbs/20_pipeline.ipynb #87d4e894
 def require_some(archive: dict[str, list[str]]) -> dict[str, list[str]]: # the same
     "A `UserError` for an archive without any photograph."
     if not any(archive.values()): raise UserError("No photograph fits any of the names. Ask for things that are in the photographs, or give more photographs.")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #f5282a22
+# %% ../nbs/20_pipeline.ipynb #e38829bb
 def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other files, with photo and reason
     "The photographs of a run."
     root = Path(run.settings.images)
@@ -164,7 +164,7 @@ def photos_of(run: Run) -> tuple[list[str], list[dict]]: # relative paths; other
     own = os.path.relpath(run.files.root.resolve(), root.resolve()).replace(os.sep, "/") + "/"
     return [p for p in photos if not p.startswith(own)], [o for o in others if not o["photo"].startswith(own)]
 
-# %% ../nbs/20_pipeline.ipynb #3b5fdb8e
+# %% ../nbs/20_pipeline.ipynb #cfaaac96
 def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "Names and photographs → archive.json and retrieval.json."
     from namedmask.retrieval import embed_index, index_from_embeddings, retrieve, signature
@@ -196,7 +196,7 @@ def run_retrieval(run: Run) -> dict[str, list[str]]: # the archive, paths relati
         if r["warning"]: log.warning(r["warning"])
     return require_some(archive)
 
-# %% ../nbs/20_pipeline.ipynb #f4164974
+# %% ../nbs/20_pipeline.ipynb #b394e080
 def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
     "The archive of a run."
     if not run.files.archive.exists(): raise UserError(f"{run.files.root} has no archive yet. Make it with: namedmask retrieve --run {run.files.root}")
@@ -206,7 +206,7 @@ def archive_of(run: Run) -> dict[str, list[str]]: # paths relative to the images
         raise UserError(f"{run.files.archive} lists photographs outside {root}. Make it anew with: namedmask retrieve --run {run.files.root}")
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #02fa969f
+# %% ../nbs/20_pipeline.ipynb #051f6cb0
 def strangers_of(run: Run) -> list[str]: # relative paths
     "The photographs of the index that show none of the names."
     notes = read_json(run.files.retrieval)
@@ -214,7 +214,7 @@ def strangers_of(run: Run) -> list[str]: # relative paths
         raise UserError(f"{run.files.retrieval} is damaged. Make it anew with: namedmask retrieve --run {run.files.root}")
     return notes["strangers"]
 
-# %% ../nbs/20_pipeline.ipynb #caa61030
+# %% ../nbs/20_pipeline.ipynb #f52ca2a1
 def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relative to the images
     "`settings.archive` → archive.json, in the order of the run's names."
     from namedmask.retrieval import reroot
@@ -237,7 +237,7 @@ def import_archive(run: Run) -> dict[str, list[str]]: # the archive, paths relat
         write_archive(run.files.archive, {n: [str(root.resolve() / p) for p in ps] for n, ps in archive.items()})
     return archive
 
-# %% ../nbs/20_pipeline.ipynb #f4d466bc
+# %% ../nbs/20_pipeline.ipynb #acc26138
 def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
     "The signatures of the archive's photographs. A `UserError` where all of them are gone: then it is the folder that is missing."
     from namedmask.retrieval import signature
@@ -247,13 +247,13 @@ def stamps(run: Run, archive: dict[str, list[str]]) -> list[str]:
         raise UserError(f"None of the archive's {len(found)} photographs is in {run.settings.images} any more. Bring them back, or start a new run.")
     return [f if f.endswith("|gone") else f.rpartition("|")[0] for f in found]
 
-# %% ../nbs/20_pipeline.ipynb #c9e7912d
+# %% ../nbs/20_pipeline.ipynb #128d382c
 def lacking(run: Run, stage: str, folder: Path, photos: list[str]) -> list[str]:
     "The photographs that have no mask in `folder` although the stage did not skip them."
     skipped = {s["photo"] for s in run.state.notes["skipped"] if s.get("stage") == stage}
     return [p for p in photos if p not in skipped and not mask_file(folder, p).exists()]
 
-# %% ../nbs/20_pipeline.ipynb #05e09af7
+# %% ../nbs/20_pipeline.ipynb #3f017f7c
 def run_saliency(run: Run):
     "The archive's photographs → class-agnostic masks."
     from namedmask.saliency import save_saliency
@@ -267,7 +267,7 @@ def run_saliency(run: Run):
         else: skipped += save_saliency(photos, s.images, run.files.saliency, make_detector(s, run.device))
         if not any(mask_file(run.files.saliency, p).exists() for p in photos): raise UserError("No saliency mask could be made: none of the archive's photographs can be read any more.")
 
-# %% ../nbs/20_pipeline.ipynb #0b5c69f1
+# %% ../nbs/20_pipeline.ipynb #bd080938
 def make_detector(s: Settings, device):
     "The saliency detector that the settings ask for."
     if s.stack == "paper":
@@ -277,7 +277,7 @@ def make_detector(s: Settings, device):
     from namedmask.spectral import SpectralDetector
     return SpectralDetector(device=device)
 
-# %% ../nbs/20_pipeline.ipynb #8e3053f2
+# %% ../nbs/20_pipeline.ipynb #b6b8ecac
 def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     "A mask of a picture as it is stored, turned as EXIF turns the photograph. One of another size is left as it is."
     from PIL import Image, ImageOps
@@ -289,15 +289,17 @@ def turned(mask: np.ndarray, photo: Path) -> np.ndarray: # (H, W) bool
     lying.getexif()[0x0112] = orientation
     return np.asarray(ImageOps.exif_transpose(lying)) > 0
 
-# %% ../nbs/20_pipeline.ipynb #e2a9a6c1
+# %% ../nbs/20_pipeline.ipynb #cce402a0
 def find_masks(folder: Path, photos: list[str], # relative paths
                prefer: tuple[str, ...] = () # sub-folders that are meant where several would do
                ) -> dict[str, Path]: # photograph → mask; of one sub-folder, and by one rule, so that those of like names do not mix
     "Where the masks of photographs are below `folder`, as far as they are there. Raises `UserError` where several sub-folders have them."
     inner = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
     while len(only := list(inner[-1].iterdir())) == 1 and only[0].is_dir(): inner.append(only[0])     # a zip file may hold folders around all
-    first = [p for p in inner if p.name in prefer]
-    found = {base: masks_in(base, photos) for base in first or inner}
+    meant = [base for name in prefer for base in inner if base.name == name]
+    for base in meant or [folder]:                                         # most often it is this one, and a thousand classes need no look
+        if len(masks := masks_in(base, photos)) == len(photos): return masks
+    found = {base: masks_in(base, photos) for base in meant or inner}
     best = max(found.values(), key=len)
     rivals = [base for base, masks in found.items() if len(masks) == len(best) > 0]
     rivals = [base for base in rivals if not any(other in base.parents for other in rivals)]
@@ -307,18 +309,19 @@ def find_masks(folder: Path, photos: list[str], # relative paths
 def masks_in(base: Path, photos: list[str]) -> dict[str, Path]:
     "The masks of photographs in one folder: under their published names, under those of a run, or with the first folders of their paths left out."
     from namedmask.saliency import published_file
-    best = {}
+    best, depth = {}, min(p.count("/") for p in photos)
     for where in published_file, mask_file:
-        for strip in range(3):                                             # `train/n01/x.JPEG` may be `n01/x.json` there
-            names = {p: where(base, "/".join(p.split("/")[strip:])) for p in photos if p.count("/") >= strip}
-            if len(names) < len(photos) or len(set(names.values())) < len(photos): continue
-            if not any(names[p].is_file() for p in photos[:20]) and best: continue
+        for strip in range(min(depth, 2) + 1):                             # `train/n01/x.JPEG` may be `n01/x.json` there
+            place = lambda p: where(base, "/".join(p.split("/")[strip:]))
+            if not any(place(p).is_file() for p in photos[::len(photos) // 20 + 1]): continue     # a sample tells where not to look
+            names = {p: place(p) for p in photos}
+            if len(set(names.values())) < len(photos): continue
             found = {p: f for p, f in names.items() if f.is_file()}
             if len(found) > len(best): best = found
             if len(best) == len(photos): return best
     return best
 
-# %% ../nbs/20_pipeline.ipynb #5ad5eebd
+# %% ../nbs/20_pipeline.ipynb #5b53f63a
 def import_masks(source: Path, # a folder of masks, or a zip file
                  root: str | Path, photos: list[str], # the photographs, relative to `root`
                  out: Path, prefer: tuple[str, ...] = () # as in `find_masks`
@@ -338,7 +341,7 @@ def import_masks(source: Path, # a folder of masks, or a zip file
         else: odd.append(f"{p} ({size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]})")
     if odd: raise UserError(f"{len(odd)} of the {len(photos)} masks in {source} are of another size than their photographs, the first: {', '.join(odd[:3])}. Are they of these photographs?")
 
-# %% ../nbs/20_pipeline.ipynb #f80c3a49
+# %% ../nbs/20_pipeline.ipynb #3ee0e67d
 def recipes(s: Settings): # → augment and recipe of the distillation; augment, recipe of an expert, and of the warm start
     "What the settings mean for the trainings."
     from namedmask.copy_paste import Augment
@@ -352,7 +355,7 @@ def recipes(s: Settings): # → augment and recipe of the distillation; augment,
     warm = replace(expert, steps=s.warm_steps, lr=2 * s.expert_lr, backbone_lr=2 * s.expert_backbone_lr)
     return augment, recipe, replace(augment, scale=tuple(s.expert_scale), max_n_masks=1, negatives=0.0), expert, warm
 
-# %% ../nbs/20_pipeline.ipynb #abb47c4b
+# %% ../nbs/20_pipeline.ipynb #d7aeee5b
 def start_of(s: Settings):
     "→ a function: number of classes → the network to train."
     from namedmask.deeplab import make_segmenter
@@ -360,14 +363,14 @@ def start_of(s: Settings):
     pretrained = find(s.backbone) if s.backbone else True
     return lambda n_classes: make_segmenter(s.arch, n_classes, pretrained)
 
-# %% ../nbs/20_pipeline.ipynb #0f29619a
+# %% ../nbs/20_pipeline.ipynb #d0701c8c
 def need(run: Run, name: str):
     "A `UserError` unless the stage `name` is done."
     if not run.state.notes["stages"].get(name, {}).get("done"):
         command = dict(retrieval="retrieve").get(name, name)
         raise UserError(f"The stage before this one is not done. Run it first: namedmask {command} --run {run.files.root}")
 
-# %% ../nbs/20_pipeline.ipynb #0205c336
+# %% ../nbs/20_pipeline.ipynb #e0afb33e
 def whole(file: Path) -> bool:
     "Whether a .safetensors file is there and as long as its header says."
     from safetensors import SafetensorError, safe_open
@@ -375,11 +378,11 @@ def whole(file: Path) -> bool:
         with safe_open(file, "pt"): return True
     except (SafetensorError, OSError): return False
 
-# %% ../nbs/20_pipeline.ipynb #ae2b5d53
+# %% ../nbs/20_pipeline.ipynb #a64128e9
 def run_expert_stage(run: Run):
     "Saliency masks → expert masks."
     from namedmask.experts import run_experts
-    from namedmask.weights import find
+    from namedmask.weights import find, unpacked
     s, archive = run.settings, archive_of(run)
     inputs = digest(list(archive.items()), stamps(run, archive), wishes(s, steps=0, benchmark=None, root=None, eval_limit=None))
     if run.state.done("experts", inputs) and not any(lacking(run, "experts", run.files.expert_masks / slug(n), [p for p in ps if mask_file(run.files.saliency, p).exists()])
@@ -390,7 +393,7 @@ def run_expert_stage(run: Run):
     how = dict(side=None, smooth=None, fewest=1) if s.stack == "paper" else {}
     with stage(run, "experts", inputs) as skipped:
         if s.expert_masks:
-            folder = find(s.expert_masks)             # once: a published file is checked each time it is asked for
+            folder = unpacked(find(s.expert_masks))   # once: a file is checked each time it is asked for
             for name, photos in archive.items():
                 if photos: import_masks(folder, s.images, photos, run.files.expert_masks / slug(name), (slug(name), s.benchmark, f"{s.benchmark}_object"))
             return
@@ -402,7 +405,7 @@ def run_expert_stage(run: Run):
         skipped += run_experts(archive, s.images, run.files.saliency, run.files.experts, run.files.expert_masks, expert, augment,
                                warm=warm if s.warm_steps else None, start=lambda: start(2), seed=s.seed, device=run.device, **how)
 
-# %% ../nbs/20_pipeline.ipynb #4d6541c2
+# %% ../nbs/20_pipeline.ipynb #acee3529
 def expert_file(source: str | Path, # a folder of expert_{name}.pt, also each in a folder of its own; or "experts": those that are published
                 name: str) -> Path | None: # None where there is none
     "The file of a name's expert that was trained elsewhere."
@@ -429,7 +432,7 @@ def import_experts(source: str | Path, # as in `expert_file`
     if lacking == names: raise no_experts(source, names)
     return lacking
 
-# %% ../nbs/20_pipeline.ipynb #62752ca2
+# %% ../nbs/20_pipeline.ipynb #d38c9aab
 def run_distill(run: Run):
     "Masks and names → segmenter.safetensors."
     from namedmask.copy_paste import make_items
@@ -450,7 +453,7 @@ def run_distill(run: Run):
         distill(items, run.names, run.files.root, recipe, augment, none, start_of(s), s.seed, run.device, marks_of(run), meta=dict(stack=s.stack), views=views_of(run, archive), edges=s.edges or None,
                 hold=0 if s.benchmark else 10)
 
-# %% ../nbs/20_pipeline.ipynb #c81262fe
+# %% ../nbs/20_pipeline.ipynb #47721e69
 def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest sides, in pixels; empty: a photograph's own
     "At which sizes the segmenter is to look at photographs: `settings.views` times the usual longest side of the archive's."
     from namedmask.copy_paste import Augment
@@ -462,7 +465,7 @@ def views_of(run: Run, archive: dict[str, list[str]]) -> list[int]: # longest si
         except OSError: pass                          # gone or broken since; the training tells
     return [round(v * min(float(np.median(sides)), Augment.side)) for v in run.settings.views] if sides else []
 
-# %% ../nbs/20_pipeline.ipynb #906023b4
+# %% ../nbs/20_pipeline.ipynb #349de28f
 def marks_of(run: Run):
     "→ a function: model → scores on the run's benchmark; None where it has none."
     s = run.settings
@@ -475,7 +478,7 @@ def marks_of(run: Run):
         return dict(miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
     return marks
 
-# %% ../nbs/20_pipeline.ipynb #efeda7e3
+# %% ../nbs/20_pipeline.ipynb #567ef4f8
 def run_evaluation(run: Run):
     "The segmenter → its scores on the run's benchmark, if it has one."
     s = run.settings
@@ -486,13 +489,13 @@ def run_evaluation(run: Run):
     with stage(run, "evaluate", inputs): scores = run.evaluate(s.benchmark, s.root, s.split, keep=False)
     run.keep_scores(s.benchmark, scores)
 
-# %% ../nbs/20_pipeline.ipynb #5a2741ef
+# %% ../nbs/20_pipeline.ipynb #8931a82e
 def run_report(run: Run) -> Path:
     "All of it → report.html. Works at any point of a run."
     from namedmask.report import write_report
     with stage(run, "report", ""): return write_report(run.files, run.device)
 
-# %% ../nbs/20_pipeline.ipynb #1279a4f0
+# %% ../nbs/20_pipeline.ipynb #52fff078
 def preflight(run: Run):
     "Look at the files that stages still to come need. Raises `UserError`."
     from namedmask.weights import find
@@ -503,7 +506,7 @@ def preflight(run: Run):
         if s.expert_weights and s.expert_weights != "experts" and not Path(s.expert_weights).is_dir(): raise UserError(f"There is no folder of expert weights {s.expert_weights}. Give one, or `experts` for those that are published.")
     if s.backbone and "distill" not in done: start_of(s)(2)
 
-# %% ../nbs/20_pipeline.ipynb #d1c6a3ee
+# %% ../nbs/20_pipeline.ipynb #92ed7211
 def run_all(run: Run) -> Run:
     "Every stage that is not done yet, then the report."
     preflight(run)
@@ -515,14 +518,14 @@ def run_all(run: Run) -> Run:
     run_report(run)
     return run
 
-# %% ../nbs/20_pipeline.ipynb #c5e0c857
+# %% ../nbs/20_pipeline.ipynb #dc1208d4
 def absolute(s: Settings) -> dict[str, str]:
     "The settings that name a local file or folder, with its whole path."
     from namedmask.weights import PUBLISHED
     given = {k: getattr(s, k) for k in ("archive", "embeddings", "saliency_masks", "expert_masks", "expert_weights", "backbone", "selfmask", "encoder_weights")}
     return {k: str(Path(v).expanduser().resolve()) for k, v in given.items() if v and v not in (*PUBLISHED, "experts", "openai") and Path(v).expanduser().exists()}
 
-# %% ../nbs/20_pipeline.ipynb #d44ee5fe
+# %% ../nbs/20_pipeline.ipynb #3da9d96d
 def run(images: str | Path | None = None, # the folder of photographs
         names=None, # "cat, dog", a text file, or a list
         out: str | Path | None = None, # the run folder; with a configuration, default: runs/CONFIG
@@ -539,7 +542,7 @@ def run(images: str | Path | None = None, # the folder of photographs
     made = make_settings(settings | dict(root=root and str(root))) if config is None else settings_of(config, root, **settings)
     return run_all(Run(out or Path("runs") / Path(config).stem, replace(made, **absolute(made)), device, fresh))
 
-# %% ../nbs/20_pipeline.ipynb #e362491d
+# %% ../nbs/20_pipeline.ipynb #f43c25b5
 @patch
 def segmenter(self: Run):
     "The trained network, in eval mode."
@@ -547,7 +550,7 @@ def segmenter(self: Run):
     if not self.files.segmenter.exists(): raise UserError(f"{self.files.root} has no segmenter yet. Go on with: namedmask distill --run {self.files.root}")
     return load_segmenter(self.files.segmenter, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #d37c5e98
+# %% ../nbs/20_pipeline.ipynb #830977d7
 @patch
 def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     "Segment one photograph: 0 is background; 1, 2, … are the names in order."
@@ -556,7 +559,7 @@ def predict(self: Run, photo): # a path or a PIL image → (H, W) label map
     if not hasattr(self, "_model"): self._model = self.segmenter()
     return predict(self._model, read_photo(photo) if isinstance(photo, (str, Path)) else photo, self.device)
 
-# %% ../nbs/20_pipeline.ipynb #2252d944
+# %% ../nbs/20_pipeline.ipynb #0e228868
 @patch
 def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: int | None = None, keep: bool = True):
     "Score the segmenter on those of a benchmark's names that the run has; `keep` the scores for the report (never those of a part, `limit`)."
@@ -568,7 +571,7 @@ def evaluate(self: Run, benchmark: str, root=None, split: str = "val", limit: in
         except UserError as error: log.warning("The scores are not kept for the report: %s", error)
     return scores
 
-# %% ../nbs/20_pipeline.ipynb #50d35864
+# %% ../nbs/20_pipeline.ipynb #ee023c3a
 @patch
 def keep_scores(self: Run, benchmark: str, scores):
     "Note scores in `state.json`, for the report."
@@ -577,18 +580,18 @@ def keep_scores(self: Run, benchmark: str, scores):
         self.state.notes["scores"][benchmark] = scores.to_json()
         write_json(self.files.state, self.state.notes, indent=1)
 
-# %% ../nbs/20_pipeline.ipynb #6f38dd9f
+# %% ../nbs/20_pipeline.ipynb #6739ea0d
 def default_split(benchmark: str) -> str:
     "The part of a benchmark that is scored."
     return "all" if benchmark == "coca" else "val"
 
-# %% ../nbs/20_pipeline.ipynb #6a22e998
+# %% ../nbs/20_pipeline.ipynb #a7a3e409
 def weights_for(run: str | Path | None, weights: str | Path | None, benchmark, device):
     "The segmenter of a run, or of a file."
     from namedmask.evaluate import load_weights
     return Run(run, device=device).segmenter() if run is not None else load_weights(weights, benchmark.names, pick_device(device))
 
-# %% ../nbs/20_pipeline.ipynb #246d5bf5
+# %% ../nbs/20_pipeline.ipynb #b56cd0d0
 def score_weights(weights: str | Path, # a file, or a published name
                   benchmark: str, root=None, split: str | None = None, limit: int | None = None, device: str = "auto"):
     "Scores of weights from elsewhere. Raises `UserError` where the file, its number of classes or the dataset does not fit."
@@ -596,7 +599,7 @@ def score_weights(weights: str | Path, # a file, or a published name
     from namedmask.weights import find
     return evaluate_published(find(weights), benchmark, root, split or default_split(benchmark), limit, device)
 
-# %% ../nbs/20_pipeline.ipynb #fa4bd207
+# %% ../nbs/20_pipeline.ipynb #a6aac8d1
 def export_for_server(run, weights, benchmark: str, root, split: str, out: Path, device: str = "auto", limit: int | None = None) -> int: # photographs written now
     "Predictions on ImageNet-S in the format of its evaluation server."
     from namedmask.benchmarks import load_benchmark
@@ -607,7 +610,7 @@ def export_for_server(run, weights, benchmark: str, root, split: str, out: Path,
     model = weights_for(run, weights, bench, device)
     return export_predictions(model, bench, out, next(model.parameters()).device)
 
-# %% ../nbs/20_pipeline.ipynb #9ce4e5ed
+# %% ../nbs/20_pipeline.ipynb #e9cc796b
 def names_for(names: str | None, benchmark: str | None, root) -> list[str] | None:
     "The names of a published segmenter's classes: as given, or a benchmark's."
     from namedmask.benchmarks import CITYSCAPES_OBJECTS, COCA_NAMES, VOC_NAMES, load_benchmark
@@ -615,7 +618,7 @@ def names_for(names: str | None, benchmark: str | None, root) -> list[str] | Non
     known = dict(voc2012=VOC_NAMES, coca=COCA_NAMES, cityscapes=list(CITYSCAPES_OBJECTS.values()))     # these need no data
     return known.get(benchmark) or load_benchmark(benchmark, root, default_split(benchmark)).names if benchmark else None
 
-# %% ../nbs/20_pipeline.ipynb #6b88822e
+# %% ../nbs/20_pipeline.ipynb #55b52298
 def judged_split(benchmark: str) -> str:
     "The part of a benchmark on which experts are judged: VOC2012's training part, as in the paper (section 4), and its like."
     return "train" if benchmark in ("voc2012", "cityscapes") else default_split(benchmark)
@@ -628,7 +631,7 @@ def bench_for_experts(run: Run, benchmark: str, root=None, split: str | None = N
     if not any(match_names(run.names, bench.names)): raise UserError(f"{benchmark} has none of the names {', '.join(run.names)}. It has: {', '.join(bench.names)}.")
     return bench
 
-# %% ../nbs/20_pipeline.ipynb #1f50f10c
+# %% ../nbs/20_pipeline.ipynb #77f11c16
 def experts_of(run: Run) -> dict[str, Path]: # name → file
     "The experts of a run. Raises `UserError` where one is not trained yet."
     files = {}
@@ -655,7 +658,7 @@ def judge_experts(experts: dict[str, Path], # name → its expert's file, ours o
         judged[name] = judge_expert(load_published(file, [name], device=device), replace(bench, pairs=pairs), name, device, limit) if pairs else (None, 0)
     return judged
 
-# %% ../nbs/20_pipeline.ipynb #2d2ac70c
+# %% ../nbs/20_pipeline.ipynb #3ca30864
 def judge_published(source: str | Path, # as in `expert_file`
                     benchmark: str, root=None, split: str | None = None, limit: int | None = None, device: str = "auto"
                     ) -> dict[str, tuple[float | None, int]]:

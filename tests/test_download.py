@@ -634,6 +634,20 @@ def test_answers_in_parts(server):
     assert get(tries=2).read_bytes() == WEIGHT and len(server.asked) == 1 + -(-(len(WEIGHT) - 300_000) // 300_000)
 
 
+def test_a_length_that_is_told_only_on_the_way(server):
+    "The first answer has none, the second tells it: then it counts, and a third request brings the rest."
+    def late(h):
+        start = int(h.headers.get("Range", "bytes=0-")[6:-1])
+        if not start:
+            h.send_response(200); h.send_header("ETag", '"v1"'); h.send_header("Transfer-Encoding", "chunked"); h.end_headers()
+            h.wfile.write(b"f4240\r\n" + h.body[:1_000_000]); h.close_connection = True      # a chunk, and no end
+            return
+        stop = len(h.body) - 100 if len(server.asked) == 2 else None
+        h.give(h.body[start:], 206, ETag='"v1"', cut=stop and stop - start, Content_Range=f"bytes {start}-{len(h.body) - 1}/{len(h.body)}")
+    server.act = late
+    assert get(tries=3).read_bytes() == WEIGHT
+
+
 def test_more_than_was_promised(server):
     "Bytes beyond the end that was told are no part of the file."
     def long(h):
@@ -710,6 +724,8 @@ def test_another_version_of_a_zip_is_unpacked_anew(server, monkeypatch):
     assert get("masks") == old and [p.read_text() for p in old.rglob("*.json")] == ["new"]
     published_path("masks").write_bytes(MASKS); record_path(published_path("masks")).unlink()      # by hand
     assert len(list(get("masks").rglob("*.json"))) == 2
+    weights.note_of(old).write_text("{")                                                           # a damaged note: unpacked again
+    assert len(list(get("masks").rglob("*.json"))) == 2 and json.loads(weights.note_of(old).read_text())
 
 
 def test_the_table(server):

@@ -466,7 +466,7 @@ def test_export_goes_on_after_a_kill(tmp_path, imagenet_s):
         {f.relative_to(tmp_path / "unbroken"): f.read_bytes() for f in (tmp_path / "unbroken").rglob("*.png")}
     with pytest.raises(UserError, match="another segmenter"):
         export_predictions(Wide(bench.names), replace(bench, name="imagenet_s50"), out)
-    other = [(Path("/elsewhere/test") / p.parent.name / p.name, l) for p, l in bench]
+    other = [(Path("/elsewhere/validation") / p.parent.name / p.name, l) for p, l in bench]
     with pytest.raises(UserError, match="or split"): export_predictions(Wide(bench.names), replace(bench, pairs=other), out)
     (tmp_path / "strange").mkdir(); (tmp_path / "strange/x.png").touch()
     with pytest.raises(UserError, match="not empty"): export_predictions(Wide(bench.names), bench, tmp_path / "strange")

@@ -336,6 +336,16 @@ def test_masks_of_the_benchmark_that_is_meant(tmp_path):
     assert read_mask(mask_file(tmp_path / "d", "n/1.jpg")).all()
 
 
+def test_a_thousand_folders_are_not_searched(tmp_path, monkeypatch):
+    "As published, a folder for each class: the masks are where they should be, and no class is looked into by itself."
+    from namedmask import pipeline
+    photos = [f"n{k:03d}/{k}_{i}.JPEG" for k in range(30) for i in range(4)]
+    masks_of(tmp_path, *(f"{p[:-5]}.json" for p in photos))
+    looked, real = [], pipeline.masks_in
+    monkeypatch.setattr(pipeline, "masks_in", lambda base, photos: looked.append(base) or real(base, photos))
+    assert len(pipeline.find_masks(tmp_path / "masks", photos)) == 120 and looked == [tmp_path / "masks"]
+
+
 def test_new_dates_cost_no_training(data, tmp_path):
     "A copy of ImageNet with other dates is the same ImageNet; another photograph in place of one is not."
     root = tmp_path / "data"
